@@ -11,6 +11,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 
+from .checkpoint_videollama2 import ORIGINAL_MODEL_TYPES, convert_original_config, is_original_config
+
 
 ConnectorType = Literal[
     "stc_connector",
@@ -33,9 +35,7 @@ CONNECTOR_SAMPLERS = {
 }
 
 
-def get_connector_output_size(
-    connector_type: str, num_frames: int, height: int, width: int
-) -> tuple[int, int, int]:
+def get_connector_output_size(connector_type: str, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
     """
     Size of a connector's output grid: (time, height, width), in tokens.
 
@@ -200,7 +200,8 @@ class VideoLlama2Config(PreTrainedConfig):
         image_token_id, video_token_id, audio_token_id: Placeholder ids. They may lie beyond the vocabulary.
 
     Raises:
-        ValueError: A value, or a combination that cannot run, is refused with the values allowed.
+        huggingface_hub.errors.StrictDataclassError: A value, or a combination that cannot run; the message names the
+            values allowed.
     """
 
     model_type = "videollama2"
@@ -245,6 +246,22 @@ class VideoLlama2Config(PreTrainedConfig):
         # Whether the head is tied is the language model's business; the attribute at the top is what transformers reads.
         if self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = True
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As for every configuration; a dictionary written by the original code is understood too."""
+        if is_original_config(config_dict):
+            checkpoint = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "."
+            config_dict = convert_original_config(config_dict, str(checkpoint))
+        return super(VideoLlama2Config, VideoLlama2Config).from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As for every configuration; converts here, where it is still known where the dictionary came from."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if is_original_config(config_dict):
+            config_dict = convert_original_config(config_dict, str(pretrained_model_name_or_path))
+        return config_dict, kwargs
 
     def select_strategy(self, modality: Literal["image", "video"]) -> str:
         """`"default"` or `"full"`, for images or for videos."""
@@ -320,12 +337,21 @@ class VideoLlama2Config(PreTrainedConfig):
             )
 
 
+def _make_alias(name: str) -> type[VideoLlama2Config]:
+    """A class whose only purpose is that AutoConfig finds it under the original's `model_type`; loading through it
+    gives a [`VideoLlama2Config`]."""
+    return type(f"{name.title().replace('_', '')}Config", (VideoLlama2Config,), {"model_type": name})
+
+
 # transformers decides by these two tables what a model can do (pipelines, serving), before any class is imported.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault("videollama2", "VideoLlama2ForConditionalGeneration")
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("videollama2", "VideoLlama2ForConditionalGeneration")
 AutoConfig.register("languagebind_vision", LanguageBindVisionConfig, exist_ok=True)
 AutoConfig.register("videollama2_audio", VideoLlama2AudioConfig, exist_ok=True)
 AutoConfig.register("videollama2", VideoLlama2Config, exist_ok=True)
+for _name in ORIGINAL_MODEL_TYPES:
+    if _name.startswith("videollama2_"):
+        AutoConfig.register(_name, _make_alias(_name), exist_ok=True)
 
 __all__ = [
     "ConnectorType",

@@ -1,0 +1,129 @@
+"""
+Connectors: from the vision tower's patches to the language model's input.
+
+Every connector takes features of shape (videos, frames, patches, width), the patches of a square grid in row-major
+order, and returns tokens of shape (videos, tokens, hidden_size), ordered by time, then row, then column. How many tokens
+is `configuration_videollama2.get_num_visual_tokens`'s to say. Attribute names (`s1`, `sampler`, `readout`, ...) are
+those of the original's `videollama2/model/projector.py`: the checkpoints' keys depend on them.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .configuration_videollama2 import CONNECTOR_SAMPLERS, VideoLlama2Config
+
+
+def _build_mlp(depth: int, in_features: int, out_features: int) -> list[nn.Module]:
+    layers: list[nn.Module] = [nn.Linear(in_features, out_features)]
+    for _ in range(depth - 1):
+        layers += [nn.GELU(), nn.Linear(out_features, out_features)]
+    return layers
+
+
+class STCConnector(nn.Module):
+    """
+    Spatial-Temporal Convolution connector (paper, section 2.2) and its ablations.
+
+    RegStage blocks on every frame, a 3D sampler over time and space, RegStage blocks on every sampled frame, and an
+    MLP. `spatial_conv` and `spatial_pool` have no RegStage; `stp_connector` and `spatial_pool` pool where the others
+    convolve.
+    """
+
+    def __init__(self, config: VideoLlama2Config):
+        super().__init__()
+        in_features, hidden_size = config.vision_config.hidden_size, config.text_config.hidden_size
+        kernel_size, padding = CONNECTOR_SAMPLERS[config.connector_type]
+        has_stages = config.connector_type not in ("spatial_conv", "spatial_pool")
+        pools = config.connector_type in ("stp_connector", "spatial_pool")
+
+        self.gradient_checkpointing = False
+        self.s1 = self._build_stage(config.connector_depth, in_features, hidden_size) if has_stages else nn.Identity()
+        sampler = (
+            nn.AvgPool3d(kernel_size)
+            if pools
+            else nn.Conv3d(hidden_size, hidden_size, kernel_size, stride=kernel_size, padding=padding)
+        )
+        self.sampler = nn.Sequential(sampler, nn.SiLU())
+        self.s2 = self._build_stage(config.connector_depth, hidden_size, hidden_size) if has_stages else nn.Identity()
+        self.readout = nn.Sequential(*_build_mlp(config.connector_mlp_depth, hidden_size, hidden_size))
+
+    @staticmethod
+    def _build_stage(depth: int, in_channels: int, out_channels: int) -> nn.Module:
+        # timm takes seconds to import: only who builds such a connector pays for it.
+        from timm.layers import LayerNorm2d
+        from timm.models.regnet import RegStage
+
+        return RegStage(
+            depth, in_channels, out_channels, stride=1, dilation=1, act_layer=nn.SiLU, norm_layer=LayerNorm2d
+        )
+
+    def _run_stage(self, stage: nn.Module, frames: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(stage.__call__, frames)
+        return stage(frames)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(videos, frames, patches, width) -> (videos, tokens, hidden_size)"""
+        num_videos, num_frames, num_patches, _ = features.shape
+        side = math.isqrt(num_patches)
+        frames = features.flatten(0, 1).transpose(1, 2).unflatten(2, (side, side))  # (videos * frames, width, h, w)
+        frames = self._run_stage(self.s1, frames)
+        volume = frames.unflatten(0, (num_videos, num_frames)).transpose(1, 2)  # (videos, hidden, frames, h, w)
+        volume = self.sampler(volume)
+        num_sampled = volume.shape[2]
+        frames = self._run_stage(self.s2, volume.transpose(1, 2).flatten(0, 1))
+        tokens = frames.flatten(2).transpose(1, 2)  # (videos * sampled frames, h * w, hidden)
+        tokens = tokens.reshape(num_videos, num_sampled * tokens.shape[1], -1)
+        return self.readout(tokens)
+
+
+class TemporalMeanMLP(nn.Sequential):
+    """VideoLLaMA 2's `mlp2x_gelu`: the mean over the frames, then two linear layers (one token per patch)."""
+
+    def __init__(self, config: VideoLlama2Config):
+        super().__init__(*_build_mlp(2, config.vision_config.hidden_size, config.text_config.hidden_size))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features.mean(dim=1))
+
+
+class TemporalMeanLinear(nn.Linear):
+    """VideoLLaMA 2's `linear`: the mean over the frames, then one linear layer (one token per patch)."""
+
+    def __init__(self, config: VideoLlama2Config):
+        super().__init__(config.vision_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features.mean(dim=1))
+
+
+class FrameMLP(nn.Sequential):
+    """Video-LLaVA's `mlp2x_gelu`: two linear layers on every token of every frame, nothing pooled."""
+
+    def __init__(self, config: VideoLlama2Config):
+        super().__init__(*_build_mlp(2, config.vision_config.hidden_size, config.text_config.hidden_size))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features.flatten(1, 2))
+
+
+def build_connector(config: VideoLlama2Config) -> nn.Module:
+    """The connector that `config.connector_type` names."""
+    if config.connector_type in CONNECTOR_SAMPLERS:
+        return STCConnector(config)
+    return {"mlp2x_gelu": TemporalMeanMLP, "linear": TemporalMeanLinear, "frame_mlp2x_gelu": FrameMLP}[
+        config.connector_type
+    ](config)
+
+
+def build_audio_connector(config: VideoLlama2Config) -> nn.Module:
+    """The projection of every audio token: (clips, tokens, width) -> (clips, tokens, hidden_size)."""
+    in_features, hidden_size = config.audio_config.hidden_size, config.text_config.hidden_size
+    if config.audio_connector_type == "linear":
+        return nn.Linear(in_features, hidden_size)
+    return nn.Sequential(*_build_mlp(2, in_features, hidden_size))
+
+
+__all__ = ["STCConnector", "build_audio_connector", "build_connector"]

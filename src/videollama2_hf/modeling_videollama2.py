@@ -1,0 +1,607 @@
+"""VideoLLaMA 2: a vision tower, an audio tower and their connectors in front of a language model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.generation import GenerationMixin
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import AutoModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
+
+from .checkpoint_videollama2 import BASE_MODEL_WEIGHT_RENAMINGS, WEIGHT_RENAMINGS
+from .configuration_videollama2 import VideoLlama2Config
+from .connector_videollama2 import build_audio_connector, build_connector
+from .modeling_beats import VideoLlama2AudioModel
+from .modeling_languagebind import LanguageBindVisionModel
+
+
+MODALITIES = ("image", "video", "audio")
+MODEL_INPUTS = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
+
+
+@auto_docstring(custom_intro="Outputs of [`VideoLlama2Model`]: the language model's, and the encoded media.")
+@dataclass
+class VideoLlama2ModelOutputWithPast(ModelOutput):
+    r"""
+    past_key_values (`Cache`, *optional*):
+        The key-value cache of the language model.
+    image_hidden_states (`torch.Tensor` of shape `(image_tokens, hidden_size)`, *optional*):
+        What stands in the language model's input for the images.
+    video_hidden_states (`torch.Tensor` of shape `(video_tokens, hidden_size)`, *optional*):
+        What stands in the language model's input for the videos.
+    audio_hidden_states (`torch.Tensor` of shape `(audio_tokens, hidden_size)`, *optional*):
+        What stands in the language model's input for the sound.
+    router_logits (`tuple(torch.Tensor)`, *optional*):
+        Router logits of a mixture-of-experts language model.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+    audio_hidden_states: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+@auto_docstring(custom_intro="Outputs of [`VideoLlama2ForConditionalGeneration`].")
+@dataclass
+class VideoLlama2CausalLMOutputWithPast(ModelOutput):
+    r"""
+    loss (`torch.Tensor` of shape `(1,)`, *optional*):
+        Next-token loss over the labels that are not -100; given with `labels`.
+    logits (`torch.Tensor` of shape `(batch, length or logits_to_keep, vocab_size)`):
+        Scores of every token of the vocabulary, before softmax.
+    past_key_values (`Cache`, *optional*):
+        The key-value cache of the language model.
+    image_hidden_states (`torch.Tensor` of shape `(image_tokens, hidden_size)`, *optional*):
+        What stands in the language model's input for the images.
+    video_hidden_states (`torch.Tensor` of shape `(video_tokens, hidden_size)`, *optional*):
+        What stands in the language model's input for the videos.
+    audio_hidden_states (`torch.Tensor` of shape `(audio_tokens, hidden_size)`, *optional*):
+        What stands in the language model's input for the sound.
+    router_logits (`tuple(torch.Tensor)`, *optional*):
+        Router logits of a mixture-of-experts language model.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+    audio_hidden_states: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+@auto_docstring
+class VideoLlama2PreTrainedModel(PreTrainedModel):
+    config: VideoLlama2Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["STCConnector"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_unexpected = [
+        # Equal copies of BEATs' shared table, see modeling_beats.py.
+        r"audio_tower\.encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight$",
+        # Buffers that old versions of transformers saved.
+        r"rotary_emb\.inv_freq$",
+        r"\.position_ids$",
+    ]
+
+
+def _lengths(features: torch.Tensor | Sequence[torch.Tensor]) -> list[int]:
+    """Tokens of every medium in a `pooler_output`."""
+    return [len(item) for item in features]
+
+
+class VideoLlama2Model(VideoLlama2PreTrainedModel):
+    """
+    VideoLLaMA 2 (or Video-LLaVA) without the language modelling head.
+
+    Media are numbered in reading order over the batch, each kind by itself. A video with its sound is its video
+    placeholders followed by its audio placeholders, one entry in `pixel_values_videos` and one in `input_features`.
+    """
+
+    # The loss is normalised by the number of items of one batch, not of all accumulated ones.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: VideoLlama2Config):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.video_tower = AutoModel.from_config(config.video_config) if config.video_config is not None else None
+        # The two projectors keep the original's names (`mm_projector`, `mm_projector_a`).
+        self.mm_projector = build_connector(config)
+        if config.audio_config is not None:
+            self.audio_tower = AutoModel.from_config(config.audio_config)
+            self.mm_projector_a = build_audio_connector(config)
+        else:
+            self.audio_tower = None
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def _encode_frames(
+        self, modality: Literal["image", "video"], pixel_values: torch.Tensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        (frames, 3, H, W) -> `last_hidden_state` (frames, patches, width): the selected layer's output, with or without
+        the class token as the configuration says. Layers behind the selected one do not run, unless their states are
+        asked for.
+        """
+        tower = self.video_tower if modality == "video" and self.video_tower is not None else self.vision_tower
+        pixel_values = pixel_values.to(tower.device, tower.dtype)
+        layer = self.config.vision_feature_layer
+        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+            kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layer
+            outputs = tower(pixel_values, return_dict=True, **kwargs)
+            hidden_states = outputs.hidden_states[layer]
+        else:
+            outputs = BaseModelOutputWithPooling()
+            layers = tower.encoder.layers
+            hidden_states = tower.embeddings(pixel_values)
+            if hasattr(tower, "pre_layrnorm"):
+                hidden_states = tower.pre_layrnorm(hidden_states)
+            for encoder_layer in layers[: layer if layer >= 0 else len(layers) + 1 + layer]:
+                hidden_states = encoder_layer(hidden_states, attention_mask=None)
+        has_class_token = tower.config.model_type != "siglip_vision_model"
+        if has_class_token and self.config.select_strategy(modality) == "default":
+            hidden_states = hidden_states[:, 1:]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    @can_return_tuple
+    @auto_docstring
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Encodes images of shape (images, 3, H, W). Each image passes the tower once and enters the connector as a video
+        of `config.image_num_frames` equal frames.
+
+        Returns:
+            `pooler_output`: (images, tokens, hidden_size). `last_hidden_state`: (images, patches, width), the tower's.
+        """
+        outputs = self._encode_frames("image", pixel_values, **kwargs)
+        features = outputs.last_hidden_state.unsqueeze(1)
+        outputs.pooler_output = self.mm_projector(features.expand(-1, self.config.image_num_frames, -1, -1))
+        return outputs
+
+    @can_return_tuple
+    @auto_docstring
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor | list[torch.Tensor], **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Encodes videos of shape (videos, frames, 3, H, W), or a list of (frames, 3, H, W) with different numbers of
+        frames.
+
+        Returns:
+            `pooler_output`: (videos, tokens, hidden_size), or a list of (tokens, hidden_size) for a list.
+            `last_hidden_state`: (frames of all videos, patches, width), the tower's.
+        """
+        is_list = not isinstance(pixel_values_videos, torch.Tensor)
+        videos = list(pixel_values_videos) if is_list else [pixel_values_videos]
+        frames = torch.cat(videos) if is_list else pixel_values_videos.flatten(0, 1)
+        outputs = self._encode_frames("video", frames, **kwargs)
+        features = outputs.last_hidden_state
+        if is_list:
+            per_video = features.split([len(video) for video in videos])
+            outputs.pooler_output = [self.mm_projector(video.unsqueeze(0)).squeeze(0) for video in per_video]
+        else:
+            outputs.pooler_output = self.mm_projector(features.unflatten(0, pixel_values_videos.shape[:2]))
+        return outputs
+
+    @can_return_tuple
+    @auto_docstring
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Encodes sound.
+
+        Args:
+            input_features (`torch.Tensor` of shape `(clips, time, num_mel_bins)`):
+                Kaldi log-mel filter banks before BEATs' own normalisation.
+            input_features_mask (`torch.Tensor` of shape `(clips, time)`, *optional*):
+                0 for frames that only pad a shorter clip.
+
+        Returns:
+            `pooler_output`: (clips, tokens, hidden_size), or a list of (tokens, hidden_size) where clips are padded.
+            `last_hidden_state`: (clips, tokens, width), the tower's.
+        """
+        if self.audio_tower is None:
+            raise ValueError(
+                "This model has no audio tower (config.audio_config is None), so it cannot take `input_features`; drop "
+                "the sound, or load a model that hears."
+            )
+        input_features = input_features.to(self.audio_tower.device)
+        outputs = self.audio_tower(input_features, input_features_mask, return_dict=True, **kwargs)
+        features = self.mm_projector_a(outputs.last_hidden_state)
+        if input_features_mask is not None and not input_features_mask.all():
+            mask = self.audio_tower.get_token_mask(input_features_mask.to(features.device))
+            features = [clip[valid] for clip, valid in zip(features, mask)]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=features,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def encode_media(self, **inputs: Any) -> dict[str, BaseModelOutputWithPooling]:
+        """
+        Encodes the media among a processor's outputs (`pixel_values`, `pixel_values_videos`, `input_features`,
+        `input_features_mask`); what is returned goes into `forward` or `generate` as `mm_encoder_outputs`, as often as
+        wanted.
+        """
+        encoded = {}
+        if inputs.get("pixel_values") is not None:
+            encoded["image"] = self.get_image_features(inputs["pixel_values"], return_dict=True)
+        if inputs.get("pixel_values_videos") is not None:
+            encoded["video"] = self.get_video_features(inputs["pixel_values_videos"], return_dict=True)
+        if inputs.get("input_features") is not None:
+            encoded["audio"] = self.get_audio_features(
+                inputs["input_features"], inputs.get("input_features_mask"), return_dict=True
+            )
+        return encoded
+
+    def _token_id(self, modality: str) -> int:
+        return getattr(self.config, f"{modality}_token_id")
+
+    def get_placeholder_masks(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        Where the placeholders of every modality stand: bool, (batch, length).
+
+        Without `input_ids` they are found by their embedding, which a placeholder beyond the vocabulary does not have.
+        """
+        if input_ids is not None:
+            return {modality: input_ids == self._token_id(modality) for modality in MODALITIES}
+        masks = {}
+        embedding = self.get_input_embeddings()
+        for modality in MODALITIES:
+            if self._token_id(modality) < embedding.num_embeddings:
+                token_id = torch.full((), self._token_id(modality), dtype=torch.long, device=inputs_embeds.device)
+                masks[modality] = (inputs_embeds == embedding(token_id)).all(-1)
+        return masks
+
+    def _embed_text(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """Embeddings of the text; a placeholder, whose id may lie beyond the vocabulary, gets the embedding of id 0."""
+        masks = self.get_placeholder_masks(input_ids)
+        is_placeholder = masks["image"] | masks["video"] | masks["audio"]
+        return self.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))
+
+    def _scatter_features(
+        self,
+        modality: str,
+        features: torch.Tensor | Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the features of one modality over its placeholders; also returns them in one tensor."""
+        if mask is None:
+            raise ValueError(
+                f"With `inputs_embeds` the {modality} placeholders cannot be found, because their id "
+                f"({self._token_id(modality)}) has no embedding; pass `input_ids`."
+            )
+        flat = features.flatten(0, 1) if isinstance(features, torch.Tensor) else torch.cat(list(features))
+        flat = flat.to(inputs_embeds.device, inputs_embeds.dtype)
+        # Gemma 2 scales embeddings inside its embedding layer; the original scales features along with the text.
+        scale = getattr(self.get_input_embeddings(), "embed_scale", None)
+        if scale is not None:
+            flat = flat * scale.to(flat.dtype)
+        num_placeholders = mask.sum()
+        torch_compilable_check(
+            num_placeholders == flat.shape[0],
+            lambda: (
+                f"The {modality} placeholders in `input_ids` and the {modality} features do not match: "
+                f"{int(num_placeholders)} placeholders, {flat.shape[0]} features ({_lengths(features)} per {modality}). "
+                "Use the processor that was saved with this model."
+            ),
+        )
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), flat), flat
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | list[torch.Tensor] | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | VideoLlama2ModelOutputWithPast:
+        r"""
+        input_features (`torch.Tensor` of shape `(clips, time, num_mel_bins)`, *optional*):
+            Kaldi log-mel filter banks before BEATs' own normalisation.
+        input_features_mask (`torch.Tensor` of shape `(clips, time)`, *optional*):
+            0 for frames that only pad a shorter clip.
+        mm_encoder_outputs (`dict` of `BaseModelOutputWithPooling`, *optional*):
+            Media that are encoded already, under `"image"`, `"video"` and `"audio"`; see
+            [`~VideoLlama2Model.encode_media`].
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        encoded = dict(mm_encoder_outputs or {})
+        raw = {"image": pixel_values, "video": pixel_values_videos, "audio": input_features}
+        for modality, values in raw.items():
+            if values is not None and encoded.get(modality) is not None:
+                raise ValueError(
+                    f"Pass either `{MODEL_INPUTS[modality]}` or encoded media under `mm_encoder_outputs[{modality!r}]`."
+                )
+        encoded |= self.encode_media(
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+        )
+
+        if inputs_embeds is None:
+            inputs_embeds = self._embed_text(input_ids)
+        flat_features = {}
+        if encoded:
+            masks = self.get_placeholder_masks(input_ids, inputs_embeds)
+            for modality, outputs in encoded.items():
+                inputs_embeds, flat_features[modality] = self._scatter_features(
+                    modality, outputs.pooler_output, masks.get(modality), inputs_embeds
+                )
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        return VideoLlama2ModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=flat_features.get("image"),
+            video_hidden_states=flat_features.get("video"),
+            audio_hidden_states=flat_features.get("audio"),
+            router_logits=getattr(outputs, "router_logits", None),
+        )
+
+
+class FiniteLogitsCheck(LogitsProcessor):
+    """Stops the generation when the model has broken down, instead of decoding the same token for ever."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not torch.isfinite(scores).all():
+            raise FloatingPointError(
+                f"The logits for token {input_ids.shape[1]} contain NaN or Inf. The usual cause is float16, which these "
+                "models overflow: load with dtype=torch.bfloat16 (as trained) or torch.float32. Pass "
+                "remove_invalid_values=True to generate all the same."
+            )
+        return scores
+
+
+class GeneratedTokensOnly(LogitsProcessor):
+    """Shows a processor that indexes the vocabulary by the ids seen so far only those behind the prompt."""
+
+    def __init__(self, processor: LogitsProcessor, prompt_length: int):
+        self.processor = processor
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return self.processor(input_ids[:, self.prompt_length :], scores)
+
+
+class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, GenerationMixin):
+    """VideoLLaMA 2 (or Video-LLaVA) with its language modelling head: `generate` answers questions about media."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: VideoLlama2Config):
+        super().__init__(config)
+        self.model = VideoLlama2Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @auto_docstring
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""See [`VideoLlama2Model.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @auto_docstring
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor | list[torch.Tensor], **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""See [`VideoLlama2Model.get_video_features`]."""
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
+    @auto_docstring
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""See [`VideoLlama2Model.get_audio_features`]."""
+        return self.model.get_audio_features(input_features, input_features_mask, **kwargs)
+
+    def encode_media(self, **inputs: Any) -> dict[str, BaseModelOutputWithPooling]:
+        """See [`VideoLlama2Model.encode_media`]."""
+        return self.model.encode_media(**inputs)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | list[torch.Tensor] | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | VideoLlama2CausalLMOutputWithPast:
+        r"""
+        input_features (`torch.Tensor` of shape `(clips, time, num_mel_bins)`, *optional*):
+            Kaldi log-mel filter banks before BEATs' own normalisation.
+        input_features_mask (`torch.Tensor` of shape `(clips, time)`, *optional*):
+            0 for frames that only pad a shorter clip.
+        mm_encoder_outputs (`dict` of `BaseModelOutputWithPooling`, *optional*):
+            Media that are encoded already, under `"image"`, `"video"` and `"audio"`; see
+            [`~VideoLlama2Model.encode_media`].
+        labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+            Targets; -100 is ignored. Placeholders must be -100.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        text_config = self.config.text_config
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma 2
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+        return VideoLlama2CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            video_hidden_states=outputs.video_hidden_states,
+            audio_hidden_states=outputs.audio_hidden_states,
+            router_logits=outputs.router_logits,
+        )
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        # transformers encodes images and videos ahead of the loop, but not sound, and it writes into the caller's
+        # dictionary. Here all three are encoded once, and the caller's encodings stay as they are.
+        given = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
+        raw = {name: model_kwargs.pop(name, None) for name in (*MODEL_INPUTS.values(), "input_features_mask")}
+        for modality, name in MODEL_INPUTS.items():
+            if raw[name] is not None and given.get(modality) is not None:
+                raise ValueError(f"Pass either `{name}` or encoded media under `mm_encoder_outputs[{modality!r}]`.")
+        model_kwargs["mm_encoder_outputs"] = given | self.encode_media(**raw)
+        return model_kwargs
+
+    def _expand_multimodal_outputs(
+        self,
+        input_ids: torch.LongTensor | None,
+        mm_encoder_output: dict[str, BaseModelOutputWithPooling],
+        expand_size: int = 1,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        # A row's media are repeated as a group, once for every copy of the row: [A B] -> [A B A B]. A row may have any
+        # number of them, so the placeholders say which belong to it.
+        if input_ids is not None and input_ids.numel() == 0:
+            input_ids = None
+        masks = self.model.get_placeholder_masks(input_ids, inputs_embeds)
+        expanded = {}
+        for modality, outputs in mm_encoder_output.items():
+            features = outputs.pooler_output
+            ends = {end: i + 1 for i, end in enumerate(accumulate(_lengths(features)))}
+            row_ends = [ends.get(int(total), 0) for total in masks[modality].sum(-1).cumsum(0)]
+            order = [
+                item
+                for start, end in zip([0, *row_ends[:-1]], row_ends)
+                for _ in range(expand_size)
+                for item in range(start, end)
+            ]
+            items = [features[item] for item in order]
+            expanded[modality] = replace(
+                outputs, pooler_output=torch.stack(items) if isinstance(features, torch.Tensor) and items else items
+            )
+        return expanded
+
+    def _get_logits_processor(self, generation_config, input_ids_seq_length=None, **kwargs) -> LogitsProcessorList:
+        encoder_input_ids = kwargs.get("encoder_input_ids")
+        if encoder_input_ids is not None and encoder_input_ids.dim() == 2:
+            # Ids beyond the vocabulary cannot index the scores; -1 would switch these processors off for the whole
+            # prompt, so a placeholder stands for the row's first token, which is part of the prompt anyway.
+            is_text = encoder_input_ids < self.config.text_config.vocab_size
+            kwargs["encoder_input_ids"] = encoder_input_ids.where(is_text, encoder_input_ids[:, :1] * is_text[:, :1])
+        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
+        prompt_length = input_ids_seq_length or 0
+        for i, processor in enumerate(processors):
+            # The original generates from embeddings, so these two only ever see what was generated.
+            if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+                processor.prompt_ignore_length = prompt_length
+            elif isinstance(processor, NoRepeatNGramLogitsProcessor):
+                processors[i] = GeneratedTokensOnly(processor, prompt_length)
+        if not generation_config.remove_invalid_values:
+            processors.insert(0, FiniteLogitsCheck())
+        placeholders = [getattr(self.config, f"{modality}_token_id") for modality in MODALITIES]
+        inside = [token_id for token_id in placeholders if token_id < self.config.text_config.vocab_size]
+        if inside:
+            processors.append(SuppressTokensLogitsProcessor(inside, device=kwargs.get("device")))
+        return processors
+
+
+register_checkpoint_conversion_mapping("VideoLlama2ForConditionalGeneration", WEIGHT_RENAMINGS, overwrite=True)
+register_checkpoint_conversion_mapping("VideoLlama2Model", BASE_MODEL_WEIGHT_RENAMINGS, overwrite=True)
+
+__all__ = [
+    "LanguageBindVisionModel",
+    "VideoLlama2AudioModel",
+    "VideoLlama2ForConditionalGeneration",
+    "VideoLlama2Model",
+    "VideoLlama2PreTrainedModel",
+]
