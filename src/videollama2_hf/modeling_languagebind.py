@@ -63,7 +63,7 @@ class LanguageBindVisionEncoderLayer(CLIPEncoderLayer):
 
     def _attend_over_time(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         frames, tokens, width = hidden_states.shape
-        _check_whole_windows(frames, self.num_frames)
+        check_whole_windows(frames, self.num_frames)
         # To (windows * tokens, num_frames, width): time becomes the sequence, each token position a row of the batch.
         hidden_states = hidden_states.reshape(-1, self.num_frames, tokens, width).transpose(1, 2)
         hidden_states = hidden_states.reshape(-1, self.num_frames, width)
@@ -73,7 +73,7 @@ class LanguageBindVisionEncoderLayer(CLIPEncoderLayer):
         return hidden_states.reshape(-1, tokens, self.num_frames, width).transpose(1, 2).reshape(frames, tokens, width)
 
 
-def _check_whole_windows(frames: int, num_frames: int) -> None:
+def check_whole_windows(frames: int, num_frames: int) -> None:
     if frames % num_frames != 0:
         raise ValueError(
             f"LanguageBind's temporal attention takes windows of num_frames={num_frames} frames, got {frames} frames; "
@@ -170,7 +170,7 @@ class LanguageBindVisionModel(LanguageBindVisionPreTrainedModel):
         """
         if pixel_values.ndim == 5:
             if self.config.add_time_attn:  # CODEPATH: as above; a window must not reach into the next video
-                _check_whole_windows(pixel_values.shape[1], self.config.num_frames)
+                check_whole_windows(pixel_values.shape[1], self.config.num_frames)
             pixel_values = pixel_values.flatten(0, 1)
 
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)

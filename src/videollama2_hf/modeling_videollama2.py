@@ -27,7 +27,7 @@ from .checkpoint_videollama2 import BASE_MODEL_WEIGHT_RENAMINGS, WEIGHT_RENAMING
 from .configuration_videollama2 import VideoLlama2Config
 from .connector_videollama2 import build_audio_connector, build_connector
 from .modeling_beats import VideoLlama2AudioModel
-from .modeling_languagebind import LanguageBindVisionModel
+from .modeling_languagebind import LanguageBindVisionModel, check_whole_windows
 
 
 MODALITIES = ("image", "video", "audio")
@@ -205,6 +205,9 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         """
         is_list = not isinstance(pixel_values_videos, torch.Tensor)
         videos = list(pixel_values_videos) if is_list else [pixel_values_videos]
+        if getattr(self.config.tower_config("video"), "add_time_attn", False):
+            for video in videos:
+                check_whole_windows(video.shape[-4], self.config.tower_config("video").num_frames)
         frames = torch.cat(videos) if is_list else pixel_values_videos.flatten(0, 1)
         outputs = self._encode_frames("video", frames, **kwargs)
         features = outputs.last_hidden_state
