@@ -248,8 +248,7 @@ class VideoLlama2AudioModel(PreTrainedModel):
     """
     BEATs without its classification head's output: Kaldi filter banks in, one feature per patch out.
 
-    Flash attention cannot add a position bias, so the tower runs with `sdpa` or `eager`, whatever the language model
-    uses.
+    Flash attention cannot add a position bias, so the tower runs with `sdpa`, `flex_attention` or `eager`.
     """
 
     config: VideoLlama2AudioConfig
@@ -259,6 +258,7 @@ class VideoLlama2AudioModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["VideoLlama2AudioEncoderLayer"]
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {
         "hidden_states": VideoLlama2AudioEncoderLayer,

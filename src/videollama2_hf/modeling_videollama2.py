@@ -136,6 +136,9 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         # The two projectors keep the original's names (`mm_projector`, `mm_projector_a`).
         self.mm_projector = build_connector(config)
         if config.audio_config is not None:
+            # Flash attention cannot add a position bias; what was asked for goes to the other parts.
+            if "flash" in (config.audio_config._attn_implementation or ""):
+                config.audio_config._attn_implementation = "sdpa"
             self.audio_tower = AutoModel.from_config(config.audio_config)
             self.mm_projector_a = build_audio_connector(config)
         else:
