@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 from transformers import PreTrainedConfig
 from transformers_tests.test_configuration_common import ConfigTester
-from transformers_tests.utils.test_configuration_utils import config_common_kwargs
 
+from transformers_tests.utils.test_configuration_utils import config_common_kwargs
 from videollama2_hf.configuration_videollama2 import (
     LanguageBindVisionConfig,
     VideoLlama2AudioConfig,

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessRaisedException
+
 from transformers_tests.distributed_testing_utils import run_distributed
 
 

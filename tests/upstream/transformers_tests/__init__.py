@@ -14,6 +14,7 @@ The distribution leaves out some modules that its suites import. What stands bes
 | `distributed_testing_utils` | `run_distributed`, written anew |
 | `utils.test_configuration_utils` | the values `ConfigTester` passes to a configuration, written anew |
 | `generation.test_utils` | an empty `GenerationTesterMixin`; generation is tested in this repository's own tests |
+| `fetch_hub_objects_for_ci` (in the folder above) | media of our own making instead of the Hub's |
 | `exporters.test_export` | `ExportTesterMixin`, written anew with one test |
 
 How to run a suite on a class of ours: `test_modeling_languagebind_upstream.py` is the shortest example. A model with

@@ -33,8 +33,9 @@ def fetch_suites() -> Path:
         result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if result.returncode != 0:
             raise RuntimeError(
-                f"The source distribution of {name}, which holds transformers' test suites, could not be downloaded. "
-                f"Leave these tests out with `--ignore tests/upstream`, or repair: {' '.join(command)}\n{result.stderr}"
+                f"The source distribution of {name}, which holds the test suites, could not be downloaded. "
+                f"Leave these tests out with `--ignore tests/upstream`, or repair this command:\n"
+                f"{' '.join(command)}\n{result.stderr}"
             )
         (archive,) = Path(folder).glob("*.tar.gz")
         with tarfile.open(archive) as sdist:
