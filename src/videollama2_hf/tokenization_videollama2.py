@@ -1,10 +1,10 @@
 """
 Tokenizers of original checkpoints, exactly.
 
-The originals tokenise with SentencePiece itself (`use_fast=False`). transformers 5 turns a `tokenizer.model` into a fast
-tokenizer without the pieces' scores and without the space that SentencePiece puts in front of every text, and it does
-the latter even where a faithful `tokenizer.json` lies beside it. Prompts then differ from the original's: at line
-starts, in indented code, and behind every image or video. The functions here do not lose anything.
+The originals tokenise with SentencePiece itself (`use_fast=False`). transformers 5 turns a `tokenizer.model` into a
+fast tokenizer without the scores of its pieces, and without the space that SentencePiece puts in front of a text that
+begins with one; it loses the latter even where a faithful `tokenizer.json` lies beside it. Prompts with indented code
+or runs of spaces then differ from the original's. The functions here lose nothing.
 """
 
 import json
@@ -47,7 +47,7 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def _read_fields(data: bytes) -> Iterator[tuple[int, bytes | int | float]]:
-    """Field numbers and values of one protocol buffer message (32-bit fields as float, which is what they are here)."""
+    """Field numbers and values of one protocol buffer message; its 32-bit fields are floats here."""
     position = 0
     while position < len(data):
         tag, position = _read_varint(data, position)
@@ -102,6 +102,15 @@ def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(merges)]
 
 
+def _special_tokens(model: _SentencePieceModel) -> dict[str, str]:
+    tokens = {"unk_token": next(text for text, _, kind in model.pieces if kind == _UNKNOWN)}
+    for name, number, default in (("bos_token", 41, 1), ("eos_token", 42, 2)):  # bos_id and eos_id of TrainerSpec
+        index = model.trainer.get(number, default)
+        if index < len(model.pieces):  # -1, written as 2 ** 64 - 1: the model has none
+            tokens[name] = model.pieces[index][0]
+    return tokens
+
+
 def build_sentencepiece_backend(path: str | os.PathLike, legacy: bool = True) -> Tokenizer:
     """
     A `tokenizers.Tokenizer` that gives SentencePiece's ids for a BPE `tokenizer.model`.
@@ -122,18 +131,13 @@ def build_sentencepiece_backend(path: str | os.PathLike, legacy: bool = True) ->
             f"{path} is a SentencePiece model that is not converted here (a unigram model, text normalisation, or "
             "user-defined or unused pieces). Put the tokenizer.json of the same tokenizer beside it."
         )
-    unknown = next(text for text, _, kind in model.pieces if kind == _UNKNOWN)
-    special = [unknown]
-    for number, default in ((41, 1), (42, 2)):  # bos_id, eos_id
-        index = model.trainer.get(number, default)
-        if index < len(model.pieces):  # -1, written as 2 ** 64 - 1: the model has none
-            special.append(model.pieces[index][0])
+    special = _special_tokens(model)
 
     tokenizer = Tokenizer(
         BPE(
             vocab={text: index for index, (text, _, _) in enumerate(model.pieces)},
             merges=_merges(model.pieces),
-            unk_token=unknown,
+            unk_token=special["unk_token"],
             fuse_unk=True,
             byte_fallback=_BYTE in kinds,
         )
@@ -143,16 +147,16 @@ def build_sentencepiece_backend(path: str | os.PathLike, legacy: bool = True) ->
         if legacy:
             prefix = normalizers.Prepend("▁")
         else:
-            # Special tokens are matched behind the normaliser, so that it sees the text as a whole. It must not touch a
-            # text that begins with one, nor the special tokens themselves, to which it is applied as well.
-            prefix = normalizers.Replace(Regex(rf"\A(?!{'|'.join(map(_escape, special))})"), "▁")
+            # Special tokens are matched behind the normaliser, so that it sees the text as a whole. It must not touch
+            # a text that begins with one, nor the special tokens themselves, to which it is applied as well.
+            prefix = normalizers.Replace(Regex(rf"\A(?!{'|'.join(map(_escape, special.values()))})"), "▁")
         steps.insert(0, prefix)
         decoding.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *decoding]
     )
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=not legacy) for text in special])
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=not legacy) for text in special.values()])
     return tokenizer
 
 
@@ -193,7 +197,8 @@ def _load_sentencepiece_tokenizer(model: str | os.PathLike, files: dict, **kwarg
         # None means True in the versions of transformers that the originals run on.
         backend = build_sentencepiece_backend(model, legacy=legacy is None or legacy)
         backend.save(str(Path(folder, "tokenizer.json")))
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **kwargs)
+        special = {} if settings else _special_tokens(_read_model(model))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **{**special, **kwargs})
     # The defaults of the slow Llama tokenizer. Held by the post-processor that tokenizer.json keeps.
     tokenizer.add_bos_token = settings.get("add_bos_token", True)
     tokenizer.add_eos_token = settings.get("add_eos_token", False)
