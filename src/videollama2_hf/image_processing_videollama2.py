@@ -1,4 +1,4 @@
-"""Pixels of VideoLLaMA 2 and Video-LLaVA: one implementation of resize, pad, crop and normalise, for images and frames."""
+"""Pixels of VideoLLaMA 2 and Video-LLaVA: one implementation of pad, resize, crop and normalise, images and frames."""
 
 import base64
 import os
@@ -21,9 +21,10 @@ from transformers.image_utils import (
     is_valid_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import TensorType, is_torchvision_available, logging
+from transformers.utils import TensorType, auto_docstring, is_torchvision_available, logging
 
 from .media_videollama2 import MediaError, MediaSource, fetch_media
+
 
 if is_torchvision_available():
     from torchvision.transforms.v2 import functional as tvF
@@ -105,7 +106,9 @@ class VideoLlama2PixelsMixin:
             image = np.array(image)
             input_data_format = ChannelDimension.LAST
         if isinstance(image, np.ndarray):
-            image = torch.from_numpy(image)
+            # torch takes neither read-only arrays nor reversed ones (BGR to RGB by [..., ::-1]).
+            is_plain = image.flags.writeable and min(image.strides) >= 0
+            image = torch.from_numpy(image if is_plain else image.copy())
         if image.ndim == 2:
             image, input_data_format = image[None], ChannelDimension.FIRST
         if input_data_format is None:
@@ -163,7 +166,7 @@ class VideoLlama2PixelsMixin:
             color = color / 255
 
         if antialias:
-            images = _pad_and_resize(images, (height, width), (new_height, new_width), color, resample, exact)
+            images = _pad_and_resize(images, (height, width), (new_height, new_width), color, resample, bool(exact))
         else:
             images = _pad_axis(_pad_axis(images, -2, height, color), -1, width, color)
             images = tvF.resize(
@@ -217,12 +220,12 @@ def _pad_and_resize(
     new_size: tuple[int, int],
     color: torch.Tensor,
     resample: int,
-    exact: bool | None,
+    exact: bool,
 ) -> torch.Tensor:
     """Pads images (N, C, H, W) with `color`, then resizes them, antialiased; sizes are (height, width)."""
     (height, width), (new_height, new_width) = padded_size, new_size
-    # Pillow (from version 13) resizes along the height first where that cuts much more than along the width, else along
-    # the width first. The order matters: pixels between the two passes are rounded.
+    # Pillow (from version 13) resizes along the height first where that cuts much more than along the width, else
+    # along the width first. The order matters: pixels between the two passes are rounded.
     passes = [(-1, width, new_width), (-2, height, new_height)]
     if height - new_height > max(0, 2 * (width - new_width)):
         passes.reverse()
@@ -295,8 +298,8 @@ def load_image(source: MediaSource) -> PIL.Image.Image:
         raise MediaError(f"{name} is not an image that Pillow can read.") from error
 
 
-class VideoLlama2ImageProcessor(VideoLlama2PixelsMixin, TorchvisionBackend):
-    r"""
+@auto_docstring(
+    custom_intro="""
     Turns images into `pixel_values` (images, 3, height, width), float32.
 
     The defaults are CLIP ViT-L/14-336's. The `preprocessor_config.json` of a CLIP or SigLIP repository, which is what
@@ -308,7 +311,8 @@ class VideoLlama2ImageProcessor(VideoLlama2PixelsMixin, TorchvisionBackend):
     [`load_image`] opens. The EXIF orientation is applied to files, which the original ignores; a PIL image is taken
     as it is.
     """
-
+)
+class VideoLlama2ImageProcessor(VideoLlama2PixelsMixin, TorchvisionBackend):
     valid_kwargs = VideoLlama2ImageProcessorKwargs
     model_input_names = ["pixel_values"]
 

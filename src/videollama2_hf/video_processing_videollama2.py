@@ -12,11 +12,13 @@ from huggingface_hub.dataclasses import validate_typed_dict
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ChannelDimension, validate_kwargs
 from transformers.processing_utils import Unpack, VideosKwargs
+from transformers.utils import auto_docstring
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from .image_processing_videollama2 import VideoLlama2PixelsMixin, load_image
 from .media_videollama2 import fetch_media, read_frames, read_video_metadata
+
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -154,8 +156,10 @@ def _make_flat_list_of_metadata(video_metadata, num_videos: int) -> list[VideoMe
 
 class VideoLlama2VideoProcessorKwargs(VideosKwargs, total=False):
     """
-    start (`float`, *optional*), end (`float`, *optional*):
-        Seconds between which the frames are taken; see [`time_window`].
+    start (`float`, *optional*):
+        Second from which frames are taken; see [`time_window`].
+    end (`float`, *optional*):
+        Second until which frames are taken.
     max_frames (`int`, *optional*):
         With `fps`, the largest number of frames; a longer video gives this many, spread over all of it. The original
         cuts it after 32 frames.
@@ -165,8 +169,12 @@ class VideoLlama2VideoProcessorKwargs(VideosKwargs, total=False):
     flip_probability (`float`, *optional*, defaults to 0):
         Probability to mirror a whole video, a training augmentation drawn from torch's generator. Video-LLaVA applies
         it with 0.5, also at inference.
-    do_pad_to_square (`bool`, *optional*), antialias (`bool`, *optional*), exact (`bool`, *optional*):
-        As for images; see [`VideoLlama2ImageProcessorKwargs`].
+    do_pad_to_square (`bool`, *optional*, defaults to `False`):
+        Whether to pad to a square first; see [`VideoLlama2ImageProcessorKwargs`].
+    antialias (`bool`, *optional*, defaults to `True`):
+        `False` is LanguageBind's rule of resizing; see [`VideoLlama2ImageProcessorKwargs`].
+    exact (`bool`, *optional*, defaults to `False`):
+        Whether to give the original's pixels bit for bit; see [`VideoLlama2ImageProcessorKwargs`].
     """
 
     start: float | int | None
@@ -179,8 +187,8 @@ class VideoLlama2VideoProcessorKwargs(VideosKwargs, total=False):
     exact: bool | None
 
 
-class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
-    r"""
+@auto_docstring(
+    custom_intro="""
     Turns videos into `pixel_values_videos` (videos, frames, 3, height, width), float32; a list of (frames, 3, height,
     width) when the videos differ in their numbers of frames.
 
@@ -199,7 +207,8 @@ class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
 
     The pixels are those of [`VideoLlama2ImageProcessor`]; see [`VideoLlama2PixelsMixin`] for the families of towers.
     """
-
+)
+class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
     valid_kwargs = VideoLlama2VideoProcessorKwargs
     model_input_names = ["pixel_values_videos"]
     num_frames = 8
@@ -345,6 +354,7 @@ class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
             return self.fit(frames if device is None else frames.to(device), **options)
 
         unique, inverse = np.unique(indices, return_inverse=True)
+        pixels: torch.Tensor | list[torch.Tensor]
         if isinstance(video, list):
             pixels = [fit(_open_frame(video[index]))[0] for index in unique]
         elif in_memory:
