@@ -111,15 +111,16 @@ LANGUAGE_MODEL_KEYS = ("embed_tokens", "layers", "norm")
 WEIGHT_RENAMINGS = [
     *(WeightRenaming(rf"^model\.{name}\.", f"model.language_model.{name}.") for name in LANGUAGE_MODEL_KEYS),
     WeightRenaming(r"^model\.vision_tower\.vision_tower\.", "model.vision_tower."),
-    WeightRenaming(r"^model\.video_tower\.video_tower\.", "model.video_tower."),
 ]
 BASE_MODEL_WEIGHT_RENAMINGS = [
     *(WeightRenaming(rf"^{name}\.", f"language_model.{name}.") for name in LANGUAGE_MODEL_KEYS),
     WeightRenaming(r"^vision_tower\.vision_tower\.", "vision_tower."),
-    WeightRenaming(r"^video_tower\.video_tower\.", "video_tower."),
 ]
-# Video-LLaVA calls its image tower `image_tower`; for `from_pretrained(..., key_mapping=VIDEO_LLAVA_KEY_MAPPING)`.
-VIDEO_LLAVA_KEY_MAPPING = {r"^model\.image_tower\.image_tower\.": "model.vision_tower."}
+# Video-LLaVA's two towers; for `from_pretrained(..., key_mapping=VIDEO_LLAVA_KEY_MAPPING)`.
+VIDEO_LLAVA_KEY_MAPPING = {
+    r"^model\.image_tower\.image_tower\.": "model.vision_tower.",
+    r"^model\.video_tower\.video_tower\.": "model.video_tower.",
+}
 
 
 def is_original_config(config_dict: dict[str, Any]) -> bool:

@@ -238,7 +238,7 @@ class VideoLlama2AudioEncoder(nn.Module):
         for layer in self.layers:
             if scale != 1.0 and hidden_states.requires_grad:
                 hidden_states = ScaleGradient.apply(hidden_states, scale)
-            if self.training and torch.rand(()).item() < self.config.layerdrop:
+            if self.training and torch.rand([]) < self.config.layerdrop:
                 continue
             hidden_states = layer(hidden_states, position_bias, attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
@@ -255,6 +255,7 @@ class VideoLlama2AudioModel(PreTrainedModel):
     base_model_prefix = "audio_tower"
     main_input_name = "input_features"
     input_modalities = ("audio",)
+    _input_embed_layer = "patch_embedding"
     supports_gradient_checkpointing = True
     _no_split_modules = ["VideoLlama2AudioEncoderLayer"]
     _supports_sdpa = True
@@ -281,9 +282,6 @@ class VideoLlama2AudioModel(PreTrainedModel):
             self.predictor = nn.Linear(config.hidden_size, config.num_classes)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patch_embedding
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -296,6 +294,10 @@ class VideoLlama2AudioModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, VideoLlama2AudioAttention) and self.config.gru_rel_pos:
             init.ones_(module.grep_a)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # Code outside of transformers is taken not to honour "this weight is loaded already"; this code does.
+        super()._initialize_weights(module, is_custom_code=False)
 
     def get_token_mask(self, input_features_mask: torch.Tensor) -> torch.Tensor:
         """

@@ -112,6 +112,11 @@ class VideoLlama2PreTrainedModel(PreTrainedModel):
         r"\.position_ids$",
     ]
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # Code outside of transformers is taken not to honour "this weight is loaded already", and modules that only
+        # initialise their children (CLIP's attention) are then passed over. This code does honour it.
+        super()._initialize_weights(module, is_custom_code=False)
+
 
 def _lengths(features: torch.Tensor | Sequence[torch.Tensor]) -> list[int]:
     """Tokens of every medium in a `pooler_output`."""
@@ -157,8 +162,9 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         tower = self.video_tower if modality == "video" and self.video_tower is not None else self.vision_tower
         pixel_values = pixel_values.to(tower.device, tower.dtype)
         layer = self.config.vision_feature_layer
-        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
-            kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layer
+        all_states = kwargs.get("output_hidden_states", tower.config.output_hidden_states)
+        if all_states or kwargs.get("output_attentions", tower.config.output_attentions):
+            kwargs["output_hidden_states"] = all_states or layer
             outputs = tower(pixel_values, return_dict=True, **kwargs)
             hidden_states = outputs.hidden_states[layer]
         else:
@@ -379,12 +385,19 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self._embed_text(input_ids)
         flat_features = {}
-        if encoded:
+        if inputs_embeds.shape[1] > 1 or encoded:  # a step of the decoding loop has no placeholders
             masks = self.get_placeholder_masks(input_ids, inputs_embeds)
-            for modality, outputs in encoded.items():
-                inputs_embeds, flat_features[modality] = self._scatter_features(
-                    modality, outputs.pooler_output, masks.get(modality), inputs_embeds
-                )
+            for modality in MODALITIES:
+                if encoded.get(modality) is not None:
+                    inputs_embeds, flat_features[modality] = self._scatter_features(
+                        modality, encoded[modality].pooler_output, masks.get(modality), inputs_embeds
+                    )
+                elif modality in masks:
+                    torch_compilable_check(
+                        ~masks[modality].any(),
+                        f"`input_ids` contain {modality} placeholders, but no {modality} was given: pass "
+                        f"`{MODEL_INPUTS[modality]}`, or the encoded {modality} in `mm_encoder_outputs`.",
+                    )
 
         outputs = self.language_model(
             attention_mask=attention_mask,

@@ -1,3 +1,5 @@
+import inspect
+
 import torch
 
 
@@ -11,6 +13,8 @@ class ExportTesterMixin:
             with self.subTest(model_class.__name__):
                 config, inputs_dict = self.model_tester.prepare_config_and_inputs_for_common()
                 inputs = self._prepare_for_class(inputs_dict, model_class)
+                if "use_cache" in inspect.signature(model_class.forward).parameters:
+                    inputs["use_cache"] = False  # a cache is not a tensor
                 model = model_class(config).eval()
                 with torch.no_grad():
                     exported = torch.export.export(model, args=(), kwargs=inputs).module()(**inputs)
