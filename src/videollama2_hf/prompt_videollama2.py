@@ -42,7 +42,7 @@ _PRELUDE = """\
                 {%- set turn.text = turn.text + block['text'] -%}
                 {%- set turn.after_media = false -%}
             {%- else -%}
-                {{- raise_exception('Content of type ' ~ block['type'] ~ ' is not known; use text, image, video or audio.') -}}
+                {{- raise_exception('Content is text, image, video or audio, not ' ~ block['type'] ~ '.') -}}
             {%- endif -%}
         {%- endfor -%}
         {%- set prepared.messages = prepared.messages + [dict(message, content=turn.text)] -%}
@@ -55,8 +55,8 @@ _PRELUDE_MARK = _PRELUDE.split("\n", 1)[0]
 # Video-LLaVA's `conv_llava_v1` (inference: "human") and `conv_v1` (training: "user"), llava/conversation.py.
 VIDEO_LLAVA_CHAT_TEMPLATE = """\
 {%- set person = 'user' if for_training else 'human' -%}
-{%- set system = 'A chat between a curious ' + person + ' and an artificial intelligence assistant. The assistant gives '
-    'helpful, detailed, and polite answers to the ' + person + "'s questions." -%}
+{%- set system = 'A chat between a curious ' + person + ' and an artificial intelligence assistant. '
+    'The assistant gives helpful, detailed, and polite answers to the ' + person + "'s questions." -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
     {%- set system = messages[0]['content'] -%}
     {%- set messages = messages[1:] -%}
@@ -241,8 +241,8 @@ def _backend_without_placeholders(tokenizer: PreTrainedTokenizerBase, vocabulary
     """The `tokenizers.Tokenizer` of a tokenizer as it was before placeholder tokens were added to it."""
     if not tokenizer.is_fast:
         raise ValueError(
-            "The text of a message holds a placeholder token ('<image>', '<video>' or '<audio>'), which a slow tokenizer "
-            "cannot take as text. Remove it, or use a fast tokenizer."
+            "The text of a message holds a placeholder token ('<image>', '<video>' or '<audio>'), which a slow "
+            "tokenizer cannot take as text. Remove it, or use a fast tokenizer."
         )
     backend = tokenizer.backend_tokenizer
     state = json.loads(backend.to_str())
@@ -285,23 +285,23 @@ def find_assistant_spans(
             continue
         if turn == 0:
             raise ValueError(
-                "The conversation begins with the assistant, so there is nothing that its first turn answers. Drop that "
-                "turn, or use a chat template with {% generation %} tags."
+                "The conversation begins with the assistant, so there is nothing that its first turn answers. Drop "
+                "that turn, or use a chat template with {% generation %} tags."
             )
         before, _ = render(conversation[:turn], add_generation_prompt=True)
         through, _ = render(conversation[: turn + 1], add_generation_prompt=False)
         if not (prompt.startswith(before) and prompt.startswith(through)):
             raise ValueError(
-                f"The chat template renders turn {turn} differently when it is not the last, so the assistant's tokens "
-                "cannot be told from its output. Put {% generation %} tags into the template."
+                f"The chat template renders turn {turn} differently when it is not the last, so the tokens of the "
+                "assistant cannot be told from its output. Put {% generation %} tags into the template."
             )
         spans.append((len(before), len(through)))
     return spans
 
 
 __all__ = [
-    "EncodedPrompt",
     "VIDEO_LLAVA_CHAT_TEMPLATE",
+    "EncodedPrompt",
     "build_chat_template",
     "encode_prompts",
     "escape_placeholders",

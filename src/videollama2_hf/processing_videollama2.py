@@ -1,0 +1,600 @@
+"""Processor of VideoLLaMA 2 and Video-LLaVA: messages in, model inputs out."""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput, PILImageResampling, make_flat_list_of_images
+from transformers.processing_utils import MultiModalData, OmniModalProcessingKwargs, OmniModalProcessorMixin, Unpack
+from transformers.tokenization_utils_base import AudioInput, PreTokenizedInput, PreTrainedTokenizerBase, TextInput
+from transformers.video_utils import VideoInput
+
+from .checkpoint_videollama2 import MISTRAL_SYSTEM_MESSAGE, PLACEHOLDER_TOKENS, add_placeholder_tokens
+from .configuration_videollama2 import VideoLlama2Config, get_num_audio_tokens, get_num_visual_tokens
+from .feature_extraction_videollama2 import VideoLlama2FeatureExtractor
+from .image_processing_videollama2 import VideoLlama2ImageProcessor
+from .media_videollama2 import has_audio as has_audio_track
+from .messages_videollama2 import collect_media, flat_videos, is_clip, is_in_memory, prepare_messages
+from .prompt_videollama2 import (
+    VIDEO_LLAVA_CHAT_TEMPLATE,
+    EncodedPrompt,
+    build_chat_template,
+    encode_prompts,
+    find_assistant_spans,
+    split_at_placeholders,
+)
+from .video_processing_videollama2 import VideoLlama2VideoProcessor
+
+
+MissingAudio = Literal["silence", "drop", "error"]
+
+
+class VideoLlama2ProcessorKwargs(OmniModalProcessingKwargs, total=False):
+    """
+    missing_audio (`str`, *optional*):
+        What is heard of a video without an audio track where its sound is asked for: `"silence"` (as the original
+        trains), `"drop"` (no audio tokens) or `"error"`. `None` takes the processor's `missing_audio_policy`. A track
+        that cannot be decoded is always an error.
+    """
+
+    missing_audio: MissingAudio | None
+
+
+class VideoLlama2Processor(OmniModalProcessorMixin):
+    r"""
+    Turns prompts and media into the inputs of VideoLLaMA 2 and Video-LLaVA.
+
+    Prompts are tokenised as the original does: the texts before, between and behind the media each by itself, without
+    special tokens other than those that the chat template prints. Every medium becomes as many placeholder ids as it
+    will have features; a video with its sound is its video placeholders followed by its audio placeholders.
+
+    Args:
+        connector_type (`str`): The model's connector; with the numbers that follow it gives the placeholders of an
+            image or a video, see [`get_num_visual_tokens`].
+        patch_size (`int`), video_patch_size (`int`, *optional*): Patch sizes of the vision towers, in pixels. `None`:
+            that of images.
+        image_num_frames (`int`): Frames that an image is repeated to before the connector.
+        image_class_tokens (`int`), video_class_tokens (`int`): Class tokens kept in front of a frame's patches.
+        audio_patch_size (`int`): Patch size of BEATs, in filter-bank frames and bins.
+        has_audio (`bool`): Whether the model hears. If so, `load_audio_from_video` is on by default; if not, sound is
+            refused.
+        missing_audio_policy (`str`): Default of the argument `missing_audio`; see [`VideoLlama2ProcessorKwargs`].
+        context_length (`int`, *optional*): Longest prompt that the model takes, in tokens. `None`: not checked.
+        add_bos_token (`bool`): Whether prompts begin with the tokenizer's BOS token, which the template does not print
+            (Video-LLaVA).
+    """
+
+    valid_processor_kwargs = VideoLlama2ProcessorKwargs
+    skip_tensor_conversion = ["video_metadata", "text_replacement_offsets", "offset_mapping"]
+
+    text_kwargs = {"padding": True}
+
+    def __init__(
+        self,
+        image_processor=None,
+        video_processor=None,
+        feature_extractor=None,
+        tokenizer=None,
+        chat_template=None,
+        connector_type: str = "stc_connector",
+        patch_size: int = 14,
+        video_patch_size: int | None = None,
+        image_num_frames: int = 8,
+        image_class_tokens: int = 0,
+        video_class_tokens: int = 0,
+        audio_patch_size: int = 16,
+        has_audio: bool = False,
+        missing_audio_policy: MissingAudio = "silence",
+        context_length: int | None = None,
+        add_bos_token: bool = False,
+    ):
+        if missing_audio_policy not in MissingAudio.__args__:
+            raise ValueError(
+                f"missing_audio_policy must be 'silence', 'drop' or 'error', got {missing_audio_policy!r}."
+            )
+        self.connector_type = connector_type
+        self.patch_size = patch_size
+        self.video_patch_size = video_patch_size
+        self.image_num_frames = image_num_frames
+        self.image_class_tokens = image_class_tokens
+        self.video_class_tokens = video_class_tokens
+        self.audio_patch_size = audio_patch_size
+        self.has_audio = has_audio
+        self.missing_audio_policy = missing_audio_policy
+        self.context_length = context_length
+        self.add_bos_token = add_bos_token
+        self.load_audio_from_video = has_audio
+        super().__init__(image_processor, video_processor, feature_extractor, tokenizer, chat_template=chat_template)
+
+        add_placeholder_tokens(tokenizer)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        self.image_token, self.video_token, self.audio_token = PLACEHOLDER_TOKENS
+        ids = tokenizer.convert_tokens_to_ids(list(PLACEHOLDER_TOKENS))
+        self.image_token_id, self.video_token_id, self.audio_token_id = ids
+
+    @classmethod
+    def from_config(
+        cls,
+        config: VideoLlama2Config,
+        tokenizer: PreTrainedTokenizerBase,
+        vision_preprocessor: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> "VideoLlama2Processor":
+        """
+        The processor of a model that comes without one: an original checkpoint, or a new combination of parts.
+
+        Args:
+            config: The model's configuration.
+            tokenizer: The language model's tokenizer; see [`load_tokenizer`] for that of an original checkpoint. Its
+                chat template is kept. Without one, a model with Video-LLaVA's connector takes Video-LLaVA's.
+            vision_preprocessor: `preprocessor_config.json` of the vision tower. `None`: what towers of its kind have.
+            **kwargs: Arguments of the processor that are to differ.
+
+        Raises:
+            ValueError: The placeholder ids of the configuration are not the tokenizer's.
+        """
+        add_placeholder_tokens(tokenizer)
+        for token in PLACEHOLDER_TOKENS:
+            name, token_id = f"{token[1:-1]}_token_id", tokenizer.convert_tokens_to_ids(token)
+            if getattr(config, name) != token_id:
+                raise ValueError(
+                    f"config.{name} is {getattr(config, name)}, but {token} has the id {token_id} in the tokenizer. "
+                    "Set the former to the latter."
+                )
+        system_message, chat_template, add_bos_token = None, tokenizer.chat_template, False
+        if config.text_config.model_type in ("mistral", "mixtral"):  # the rule of the original's `mm_infer`
+            system_message = MISTRAL_SYSTEM_MESSAGE
+        if not chat_template and config.connector_type == "frame_mlp2x_gelu":
+            chat_template, add_bos_token = VIDEO_LLAVA_CHAT_TEMPLATE, True
+        defaults = {
+            "chat_template": build_chat_template(chat_template, system_message) if chat_template else None,
+            "connector_type": config.connector_type,
+            "patch_size": config.tower_config("image").patch_size,
+            "video_patch_size": config.tower_config("video").patch_size,
+            "image_num_frames": config.image_num_frames,
+            "image_class_tokens": _num_class_tokens(config, "image"),
+            "video_class_tokens": _num_class_tokens(config, "video"),
+            "has_audio": config.audio_config is not None,
+            "context_length": getattr(config.text_config, "max_position_embeddings", None),
+            "add_bos_token": add_bos_token,
+        }
+        if config.audio_config is not None:
+            defaults["audio_patch_size"] = config.audio_config.patch_size
+        image_options = _vision_options(config, "image", vision_preprocessor)
+        video_options = _vision_options(config, "video", vision_preprocessor)
+        return cls(
+            VideoLlama2ImageProcessor(**image_options),
+            VideoLlama2VideoProcessor(num_frames=config.num_frames, **video_options),
+            VideoLlama2FeatureExtractor(),
+            tokenizer,
+            **{**defaults, **kwargs},
+        )
+
+    # Prompts and media to model inputs
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
+        videos: VideoInput | None = None,
+        audio: AudioInput | None = None,
+        audio_from_video_indices: list[int | None] | None = None,
+        **kwargs: Unpack[VideoLlama2ProcessorKwargs],
+    ) -> BatchFeature:
+        r"""
+        Model inputs from prompts that hold one placeholder token per medium.
+
+        Args:
+            images, videos, audio: The media of all prompts in reading order, each kind by itself; any form that the
+                image processor, the video processor and the feature extractor take. May be nested by prompt.
+            text: A prompt or a list of prompts; [`apply_chat_template`] makes them from messages.
+            audio_from_video_indices: One entry per sound: the index of the video whose sound it is, or `None` for one
+                of `audio`. Needed only to hear some of the videos, or if `audio` holds the sounds of the videos too.
+
+        Returns:
+            `input_ids` and `attention_mask` (batch, length), padded on `padding_side`, and as far as there are such
+            media `pixel_values`, `pixel_values_videos`, `input_features` and `input_features_mask`.
+
+        Raises:
+            ValueError: Prompts and media do not fit together, the model does not hear, or a prompt is too long.
+        """
+        images, text, videos, audio = self.prepare_inputs_layout(images, text, videos, audio)
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        hears_videos = options["videos_kwargs"].pop("load_audio_from_video", options["load_audio_from_video"])
+        heard, tracks = set(range(len(videos or []))) if hears_videos else set(), {}
+        if audio_from_video_indices is not None:
+            heard &= set(audio_from_video_indices)
+            if heard and audio and len(audio) == len(audio_from_video_indices):
+                tracks = {index: sound for index, sound in zip(audio_from_video_indices, audio) if index in heard}
+                audio = [sound for index, sound in zip(audio_from_video_indices, audio) if index is None]
+        self.validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if (audio or heard) and not self.has_audio:
+            raise ValueError(
+                "This model does not hear (has_audio=False): its processor takes no `audio`, and no "
+                "`load_audio_from_video=True`. Leave the sound out, or use a model with an audio tower."
+            )
+
+        prompts = [split_at_placeholders(prompt) for prompt in text or []]
+        tokens = [token for prompt in prompts for token in prompt[1::2]]
+        if text is None:
+            tokens = [self.video_token] * len(videos or []) + [self.audio_token] * len(audio or [])
+        media = _number(tokens)
+
+        processed, num_tokens = {}, {}
+        if images:
+            processed |= self.image_processor(images, **options["images_kwargs"])
+            for index, pixels in enumerate(processed["pixel_values"]):
+                num_tokens[self.image_token, index] = self._num_image_tokens(pixels)
+        if videos:
+            processed |= self.video_processor(videos, **options["videos_kwargs"])
+            for index, pixels in enumerate(processed["pixel_values_videos"]):
+                num_tokens[self.video_token, index] = self._num_video_tokens(pixels)
+        for index in heard - set(tracks):
+            tracks[index] = self._read_track(videos[index], index, options)
+        # Sounds in reading order, named by the placeholder that they belong to.
+        sounds = {
+            (token, index): audio[index] if token == self.audio_token else tracks.get(index)
+            for token, index in media
+            if token != self.image_token
+        }
+        sounds = {name: sound for name, sound in sounds.items() if sound is not None}
+        num_sound_tokens = {}
+        if sounds:
+            processed |= self._extract_features(list(sounds.values()), options["audio_kwargs"])
+            num_sound_tokens = {
+                name: self._num_audio_tokens(mask) for name, mask in zip(sounds, processed["input_features_mask"])
+            }
+
+        if text is not None:
+            expansions = []
+            for name in media:
+                expansion = [(name[0], num_tokens[name])] if name in num_tokens else []
+                if name in num_sound_tokens:
+                    expansion.append((self.audio_token, num_sound_tokens[name]))
+                expansions.append(expansion)
+            processed = {**self._tokenize(prompts, expansions, options), **processed}
+        if not kwargs.get("return_metadata"):
+            processed.pop("video_metadata", None)
+        ragged = ["pixel_values_videos"] if isinstance(processed.get("pixel_values_videos"), list) else []
+        return BatchFeature(
+            processed,
+            tensor_type=options["text_kwargs"].get("return_tensors"),
+            skip_tensor_conversion=self.skip_tensor_conversion + ragged,
+        )
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs) -> tuple:
+        """Flat lists of prompts and of opened images, videos and sounds; `None` for what there is none of."""
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
+        if images is not None:
+            images = make_flat_list_of_images(self.image_processor.fetch_images(images))
+        if videos is not None:
+            videos = flat_videos(videos)
+        if audio is not None:
+            audio = list(audio)
+        return images or None, text, videos or None, audio or None
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Refuses prompts and media that do not fit together."""
+        if "audios" in kwargs:
+            raise ValueError("Pass sounds as `audio`, not as `audios`.")
+        if images is None and text is None and videos is None and audio is None:
+            raise ValueError("There is nothing to process: pass at least one of images, text, videos and audio.")
+        if text is None:
+            return
+        if not all(isinstance(prompt, str) for prompt in text):
+            raise ValueError("`text` must be a string or a list of strings.")
+        tokens = [token for prompt in text for token in split_at_placeholders(prompt)[1::2]]
+        for token, name, media in zip(
+            PLACEHOLDER_TOKENS, ("images", "videos", "audio inputs"), (images, videos, audio)
+        ):
+            if tokens.count(token) != len(media or []):
+                raise ValueError(
+                    f"The number of {token} tokens in the prompts should be the same as the number of {name} passed, "
+                    f"but there are {tokens.count(token)} {token} tokens and {len(media or [])} {name}."
+                )
+
+    def _read_track(self, video: Any, index: int, options: dict[str, dict]) -> np.ndarray | None:
+        """The sound of a video; `None` if it has no track and none is made up for it."""
+        start, end = (options["videos_kwargs"].get(name) for name in ("start", "end"))
+        if is_clip(video):
+            start = start if video.start is None else video.start
+            end = end if video.end is None else video.end
+            video = video.source
+        if not is_in_memory(video) and has_audio_track(video):
+            return self.feature_extractor.load_video_audio(video, start, end)
+        policy = options.get("missing_audio") or self.missing_audio_policy
+        if policy == "error":
+            raise ValueError(
+                f"Video {index} has no audio track, and missing_audio is 'error'. Choose 'silence' or 'drop', or "
+                "load_audio_from_video=False for it."
+            )
+        return self.feature_extractor.silent_waveform() if policy == "silence" else None
+
+    def _extract_features(self, sounds: list, audio_options: dict) -> dict:
+        return self.feature_extractor(sounds, return_tensors=audio_options.get("return_tensors"))
+
+    # Placeholders
+
+    def _num_image_tokens(self, pixels: torch.Tensor) -> int:
+        rows, columns = (size // self.patch_size for size in pixels.shape[-2:])
+        return get_num_visual_tokens(
+            self.connector_type, self.image_num_frames, rows, columns, self.image_class_tokens
+        )
+
+    def _num_video_tokens(self, pixels: torch.Tensor) -> int:
+        patch_size = self.video_patch_size or self.patch_size
+        rows, columns = (size // patch_size for size in pixels.shape[-2:])
+        return get_num_visual_tokens(self.connector_type, len(pixels), rows, columns, self.video_class_tokens)
+
+    def _num_audio_tokens(self, mask: torch.Tensor) -> int:
+        return get_num_audio_tokens(int(mask.sum()), patch_size=self.audio_patch_size)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * self._num_image_tokens(image_inputs["pixel_values"][image_idx])
+
+    def replace_video_token(
+        self,
+        video_inputs: dict,
+        video_idx: int,
+        processed_audio: dict | None = None,
+        video_to_audio_indices: list[int | None] | None = None,
+        **kwargs,
+    ) -> str:
+        text = self.video_token * self._num_video_tokens(video_inputs["pixel_values_videos"][video_idx])
+        if video_to_audio_indices is not None and video_to_audio_indices[video_idx] is not None:
+            text += self.replace_audio_token(processed_audio, video_to_audio_indices[video_idx])
+        return text
+
+    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
+        return self.audio_token * self._num_audio_tokens(audio_inputs["input_features_mask"][audio_idx])
+
+    # Text
+
+    def _tokenize(self, prompts: list[list[str]], expansions: list[list[tuple[str, int]]], options: dict) -> dict:
+        """`input_ids` and `attention_mask` of split prompts, and what else `options` ask for."""
+        text_options = options["text_kwargs"]
+        unsupported = ("is_split_into_words", "return_overflowing_tokens", "stride", "text_pair", "text_target")
+        for name in unsupported:
+            if text_options.get(name):
+                raise ValueError(f"`{name}` is not supported: prompts are single strings and keep all their media.")
+        add_bos_token = text_options.get("add_special_tokens")
+        encoded = encode_prompts(
+            self.tokenizer,
+            prompts,
+            expansions,
+            add_bos_token=self.add_bos_token if add_bos_token is None else add_bos_token,
+            sanitize_control_tokens=bool(text_options.get("sanitize_control_tokens")),
+        )
+        truncation, max_length = text_options.get("truncation"), text_options.get("max_length")
+        for index, prompt in enumerate(encoded):
+            if truncation not in (None, False, "do_not_truncate") and max_length is not None:
+                self._truncate(prompt, max_length)
+            if self.context_length is not None and len(prompt.ids) > self.context_length:
+                raise ValueError(
+                    f"Prompt {index} has {len(prompt.ids)} tokens, but the model takes {self.context_length}: "
+                    f"{self._describe_length(prompt)}. Lower num_frames (or fps) or the number of media, or shorten "
+                    "the text."
+                )
+
+        padding = {name: text_options.get(name) for name in ("padding", "max_length", "pad_to_multiple_of")}
+        padding_side = text_options.get("padding_side") or self.tokenizer.padding_side
+        outputs = dict(
+            self.tokenizer.pad(
+                {"input_ids": [prompt.ids for prompt in encoded]},
+                padding_side=padding_side,
+                return_attention_mask=text_options.get("return_attention_mask"),
+                **padding,
+            )
+        )
+        if text_options.get("return_offsets_mapping"):
+            padded = []
+            for prompt, ids in zip(encoded, outputs["input_ids"]):
+                fill = [(0, 0)] * (len(ids) - len(prompt.offsets))
+                padded.append(fill + prompt.offsets if padding_side == "left" else prompt.offsets + fill)
+            outputs["offset_mapping"] = padded
+        if options["return_text_replacement_offsets"]:
+            outputs["text_replacement_offsets"] = [prompt.replacement_offsets() for prompt in encoded]
+        if options["return_mm_token_type_ids"]:
+            outputs["mm_token_type_ids"] = self.create_mm_token_type_ids(outputs["input_ids"])
+        return outputs
+
+    def _truncate(self, prompt: EncodedPrompt, max_length: int):
+        excess = len(prompt.ids) - max_length
+        if excess <= 0:
+            return
+        from_left = self.tokenizer.truncation_side == "left"
+        removed = prompt.ids[:excess] if from_left else prompt.ids[max_length:]
+        if {self.image_token_id, self.video_token_id, self.audio_token_id} & set(removed):
+            raise ValueError(
+                f"Truncation to max_length={max_length} would cut media off: {self._describe_length(prompt)}. Raise "
+                "max_length, lower num_frames (or fps), or leave truncation off."
+            )
+        keep = slice(excess, None) if from_left else slice(max_length)
+        prompt.ids, prompt.offsets = prompt.ids[keep], prompt.offsets[keep]
+
+    def _describe_length(self, prompt: EncodedPrompt) -> str:
+        """Tokens of a prompt by part: `12 of text, 1521 of video 1, 1496 of its sound, 845 of image 1`."""
+        parts, numbers = [], dict.fromkeys(PLACEHOLDER_TOKENS, 0)
+        for _, token, expansion in prompt.expanded:
+            numbers[token] += 1
+            parts.append(f"{expansion[0][1]} of {token[1:-1]} {numbers[token]}")
+            parts += [f"{count} of its sound" for _, count in expansion[1:]]
+        num_media = sum(count for *_, expansion in prompt.expanded for _, count in expansion)
+        return ", ".join([f"{len(prompt.ids) - num_media} of text", *parts])
+
+    # Messages
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        tools: list[dict] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = "auto",
+        return_dict: bool = False,
+        load_audio_from_video: bool | None = None,
+        processor_kwargs: dict | None = None,
+        sanitize_control_tokens: bool = False,
+        **kwargs,
+    ):
+        r"""
+        Prompts, or with `tokenize=True` model inputs, from messages.
+
+        The content of a message is a string, taken as it is, or a list of blocks in reading order:
+
+        - `{"type": "text", "text": ...}`; a line break comes between a medium and text behind it, unless the text
+          begins with white space. Placeholder tokens in the text are text.
+        - `{"type": "image", "image": ...}`
+        - `{"type": "video", "video": ..., "start": ..., "end": ..., "num_frames": ..., "fps": ...,
+          "load_audio_from_video": ...}`; all but the video are optional, times are in seconds.
+        - `{"type": "audio", "audio": ..., "start": ..., "end": ...}`
+
+        Instead of its type, the key of a medium may be `url`, `path` or `base64`. An empty audio block right behind a
+        video stands for the video's sound.
+
+        Args:
+            conversation: Messages, or a list of conversations.
+            add_generation_prompt: Whether to end with the start of an answer. Then (and with
+                `continue_final_message`) the batch is padded on the left and the default system message of the
+                original's inference is put in front; otherwise it is padded on the right. `padding_side` and
+                `for_training` override that.
+            return_assistant_tokens_mask: Whether to return `assistant_masks` (with `return_dict=True`), 1 for the
+                tokens that the assistant says, the end of its turn included. The template needs no `{% generation %}`.
+            load_audio_from_video: Whether to hear the sound of videos. `None`: if the model hears.
+            sanitize_control_tokens: Whether control tokens (`</s>`, `<|im_end|>`, ...) in the messages are text.
+            chat_template, tools, documents, continue_final_message, tokenize, return_tensors, return_dict,
+                processor_kwargs: As in transformers.
+        """
+        chat_template = self._resolve_chat_template(chat_template)
+        conversations, is_batched = self._normalize_conversations(conversation)
+        conversations = [prepare_messages(messages, not sanitize_control_tokens) for messages in conversations]
+        inference = add_generation_prompt or bool(continue_final_message)
+        if "for_training" in chat_template:
+            kwargs.setdefault("for_training", not inference)
+        processor_kwargs = dict(processor_kwargs or {})
+        if not any(
+            "padding_side" in given for given in (kwargs, processor_kwargs, processor_kwargs.get("text_kwargs", {}))
+        ):
+            processor_kwargs["padding_side"] = "left" if inference else "right"
+        with_mask = return_assistant_tokens_mask and tokenize and return_dict
+        if with_mask:
+            if continue_final_message or sanitize_control_tokens or not self.tokenizer.is_fast:
+                raise ValueError(
+                    "return_assistant_tokens_mask=True needs a fast tokenizer, and neither continue_final_message nor "
+                    "sanitize_control_tokens."
+                )
+            processor_kwargs["return_offsets_mapping"] = True
+
+        outputs = super().apply_chat_template(
+            conversations if is_batched else conversations[0],
+            chat_template=chat_template,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tokenize=tokenize,
+            return_tensors=return_tensors,
+            return_dict=return_dict,
+            load_audio_from_video=load_audio_from_video,
+            processor_kwargs=processor_kwargs,
+            sanitize_control_tokens=sanitize_control_tokens,
+            **kwargs,
+        )
+        if with_mask:
+            template_kwargs = {**self.tokenizer.special_tokens_map, "tools": tools, "documents": documents, **kwargs}
+            masks = []
+            for messages, offsets in zip(conversations, outputs.pop("offset_mapping")):
+                spans = find_assistant_spans(messages, chat_template, add_generation_prompt, **template_kwargs)
+                masks.append([int(any(s <= start < e and start < end for s, e in spans)) for start, end in offsets])
+            tensor_type = None if return_tensors == "auto" else return_tensors
+            outputs.update(BatchFeature({"assistant_masks": masks}, tensor_type=tensor_type))
+        return outputs
+
+    def _multimodal_inputs_from_conversations(
+        self,
+        conversations: list[list[dict[str, Any]]],
+        audio_loading_params: dict,
+        load_audio_from_video: bool | None = None,
+    ) -> tuple[list[list], list[list], list, dict[str, Any]]:
+        default = self.load_audio_from_video if load_audio_from_video is None else load_audio_from_video
+        images, videos, sounds, indices = collect_media(conversations, load_audio_from_video=default)
+        hears_videos = bool(load_audio_from_video) or any(index is not None for index in indices)
+        return images, videos, sounds, {"audio_from_video_indices": indices, "load_audio_from_video": hears_videos}
+
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: list[tuple[int, int]] | None = None,
+        video_sizes: list[tuple[int, int, int]] | None = None,
+        audio_lengths: list[int] | None = None,
+        **kwargs,
+    ) -> MultiModalData:
+        """
+        Numbers of placeholders, for serving libraries.
+
+        Args:
+            image_sizes: (height, width) of images, which do not matter: all become the same size.
+            video_sizes: (frames, height, width) of videos whose frames are chosen already.
+            audio_lengths: Numbers of samples at the feature extractor's sampling rate.
+        """
+        data = MultiModalData()
+        if image_sizes is not None:
+            pixels = torch.empty(3, *_output_size(self.image_processor), device="meta")
+            data.num_image_tokens = [self._num_image_tokens(pixels)] * len(image_sizes)
+            data.num_image_patches = [1] * len(image_sizes)
+        if video_sizes is not None:
+            size = _output_size(self.video_processor)
+            data.num_video_tokens = [
+                self._num_video_tokens(torch.empty(frames, 3, *size, device="meta")) for frames, *_ in video_sizes
+            ]
+        return data
+
+
+def _number(tokens: list[str]) -> list[tuple[str, int]]:
+    """Placeholder tokens with their numbers, each kind counted by itself."""
+    counts = dict.fromkeys(PLACEHOLDER_TOKENS, -1)
+    numbered = []
+    for token in tokens:
+        counts[token] += 1
+        numbered.append((token, counts[token]))
+    return numbered
+
+
+def _num_class_tokens(config: VideoLlama2Config, modality: Literal["image", "video"]) -> int:
+    has_class_token = config.tower_config(modality).model_type != "siglip_vision_model"
+    return int(has_class_token and config.select_strategy(modality) == "full")
+
+
+def _vision_options(
+    config: VideoLlama2Config, modality: Literal["image", "video"], preprocessor: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Options of the image or the video processor for the vision tower of a model."""
+    tower = config.tower_config(modality)
+    if tower.model_type == "languagebind_vision":  # its own transforms; languagebind/image and video/processing_*.py
+        options = {"size": {"shortest_edge": tower.image_size}, "antialias": False}
+        video = {"resample": PILImageResampling.BILINEAR, "sample_endpoints": True}
+        return options if modality == "image" else options | video
+    if preprocessor is not None:
+        names = VideoLlama2ImageProcessor.valid_kwargs.__annotations__
+        return {name: value for name, value in preprocessor.items() if name in names}
+    if tower.model_type == "siglip_vision_model":
+        size = {"height": tower.image_size, "width": tower.image_size}
+        return {"size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return {"size": {"shortest_edge": tower.image_size}}
+
+
+def _output_size(processor: Any) -> tuple[int, int]:
+    """(height, width) of what an image or video processor puts out."""
+    size = processor.crop_size or processor.size
+    if size["shortest_edge"] is not None:
+        return size["shortest_edge"], size["shortest_edge"]
+    return size["height"], size["width"]
+
+
+__all__ = ["VideoLlama2Processor", "VideoLlama2ProcessorKwargs"]
