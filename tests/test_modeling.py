@@ -391,6 +391,22 @@ def test_loss_ignores_media_and_reaches_every_trained_part(model):
     torch.testing.assert_close(plain(**batch, labels=labels).loss, model(**batch, labels=labels).loss)
 
 
+def test_router_loss_of_mixtral_is_added_when_asked_for():
+    """The original ignores `output_router_logits`; as in transformers, it adds the load-balancing loss."""
+    from transformers import MixtralForCausalLM
+
+    model = make_model("mixtral")
+    text = collate([row("t t t", model.config)])
+    plain = model(**text, labels=text["input_ids"]).loss
+    bare = MixtralForCausalLM(model.config.text_config)
+    bare.model.load_state_dict(model.model.language_model.state_dict())
+    bare.lm_head.load_state_dict(model.lm_head.state_dict())
+    expected = bare.eval()(**text, labels=text["input_ids"], output_router_logits=True)
+    balanced = model(**text, labels=text["input_ids"], output_router_logits=True)
+    torch.testing.assert_close(balanced.loss, expected.loss)
+    assert balanced.loss > plain and len(balanced.router_logits) == 2
+
+
 def test_logits_to_keep(model):
     batch = collate([row("image t", model.config)])
     with torch.no_grad():

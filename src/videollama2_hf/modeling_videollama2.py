@@ -20,6 +20,7 @@ from transformers.generation.logits_process import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto.modeling_auto import AutoModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
 
@@ -123,6 +124,11 @@ def _lengths(features: torch.Tensor | Sequence[torch.Tensor]) -> list[int]:
     return [len(item) for item in features]
 
 
+def _to_device_of(tower: PreTrainedModel, values: torch.Tensor) -> torch.Tensor:
+    """A tower that is offloaded has no device of its own; its layers fetch their inputs themselves."""
+    return values if tower.device.type == "meta" else values.to(tower.device)
+
+
 class VideoLlama2Model(VideoLlama2PreTrainedModel):
     """
     VideoLLaMA 2 (or Video-LLaVA) without the language modelling head.
@@ -160,7 +166,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         asked for.
         """
         tower = self.video_tower if modality == "video" and self.video_tower is not None else self.vision_tower
-        pixel_values = pixel_values.to(tower.device, tower.dtype)
+        pixel_values = _to_device_of(tower, pixel_values).to(tower.dtype)
         layer = self.config.vision_feature_layer
         all_states = kwargs.get("output_hidden_states", tower.config.output_hidden_states)
         if all_states or kwargs.get("output_attentions", tower.config.output_attentions):
@@ -236,13 +242,10 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
-        Encodes sound.
-
-        Args:
-            input_features (`torch.Tensor` of shape `(clips, time, num_mel_bins)`):
-                Kaldi log-mel filter banks before BEATs' own normalisation.
-            input_features_mask (`torch.Tensor` of shape `(clips, time)`, *optional*):
-                0 for frames that only pad a shorter clip.
+        input_features (`torch.Tensor` of shape `(clips, time, num_mel_bins)`):
+            Kaldi log-mel filter banks before BEATs' own normalisation.
+        input_features_mask (`torch.Tensor` of shape `(clips, time)`, *optional*):
+            0 for frames that only pad a shorter clip.
 
         Returns:
             `pooler_output`: (clips, tokens, hidden_size), or a list of (tokens, hidden_size) where clips are padded.
@@ -253,7 +256,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
                 "This model has no audio tower (config.audio_config is None), so it cannot take `input_features`; drop "
                 "the sound, or load a model that hears."
             )
-        input_features = input_features.to(self.audio_tower.device)
+        input_features = _to_device_of(self.audio_tower, input_features)
         outputs = self.audio_tower(input_features, input_features_mask, return_dict=True, **kwargs)
         features = self.mm_projector_a(outputs.last_hidden_state)
         if input_features_mask is not None and not input_features_mask.all():
@@ -478,7 +481,12 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
         input_features_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
-        r"""See [`VideoLlama2Model.get_audio_features`]."""
+        r"""
+        input_features (`torch.Tensor` of shape `(clips, time, num_mel_bins)`):
+            Kaldi log-mel filter banks before BEATs' own normalisation; see [`VideoLlama2Model.get_audio_features`].
+        input_features_mask (`torch.Tensor` of shape `(clips, time)`, *optional*):
+            0 for frames that only pad a shorter clip.
+        """
         return self.model.get_audio_features(input_features, input_features_mask, **kwargs)
 
     def encode_media(self, **inputs: Any) -> dict[str, BaseModelOutputWithPooling]:
@@ -538,6 +546,14 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+            if outputs.router_logits is not None:  # Mixtral with `output_router_logits`; the original ignores it
+                balance = load_balancing_loss_func(
+                    outputs.router_logits,
+                    text_config.num_local_experts,
+                    text_config.num_experts_per_tok,
+                    attention_mask,
+                )
+                loss = loss + text_config.router_aux_loss_coef * balance.to(loss.device)
         return VideoLlama2CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
