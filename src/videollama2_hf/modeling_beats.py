@@ -127,10 +127,9 @@ class VideoLlama2AudioAttention(nn.Module):
         if has_relative_attention_bias:
             self.relative_attention_bias = nn.Embedding(config.num_buckets, self.num_heads)
 
-    def position_bias(self, length: int) -> torch.Tensor:
+    def position_bias(self, length: int, device: torch.device) -> torch.Tensor:
         """The bias of every head between every two tokens: (heads, length, length)."""
-        weight = self.relative_attention_bias.weight
-        buckets = relative_position_buckets(length, self.config.num_buckets, self.config.max_distance, weight.device)
+        buckets = relative_position_buckets(length, self.config.num_buckets, self.config.max_distance, device)
         by_distance = self.relative_attention_bias(buckets).T  # (heads, 2 * length - 1)
         # Row i of the table is a window of `by_distance` that starts one further to the left than row i - 1's.
         return by_distance.unfold(1, length, 1).flip(1)
@@ -232,7 +231,7 @@ class VideoLlama2AudioEncoder(nn.Module):
         hidden_states = self.layer_norm(hidden_states)
         hidden_states = nn.functional.dropout(hidden_states, p=self.config.hidden_dropout, training=self.training)
 
-        position_bias = self.layers[0].self_attn.position_bias(hidden_states.shape[1])
+        position_bias = self.layers[0].self_attn.position_bias(hidden_states.shape[1], hidden_states.device)
         attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         scale = self.config.layer_wise_gradient_decay_ratio
         for layer in self.layers:
