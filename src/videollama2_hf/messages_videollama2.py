@@ -1,4 +1,4 @@
-"""Media in messages: where they are, which part of them, and whose sound is heard."""
+"""Media in messages: where they are, which part of them, and what is heard."""
 
 import base64
 import binascii
@@ -8,9 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from .media_videollama2 import VideoClip, fetch_media
+from .media_videollama2 import VideoClip, fetch_media, has_audio
 from .prompt_videollama2 import escape_placeholders
 from .video_processing_videollama2 import make_flat_list_of_videos
+
+
+@dataclasses.dataclass(frozen=True)
+class SoundClip:
+    """A sound as a message names it: where it is, and which part of it, in seconds."""
+
+    source: Any
+    start: float | None = None
+    end: float | None = None
 
 
 def prepare_messages(messages: list[dict[str, Any]], escape: bool = True) -> list[dict[str, Any]]:
@@ -40,7 +49,7 @@ def prepare_messages(messages: list[dict[str, Any]], escape: bool = True) -> lis
 
 def collect_media(
     conversations: list[list[dict[str, Any]]], load_audio_from_video: bool
-) -> tuple[list[list], list[list[VideoClip]], list, list[int | None]]:
+) -> tuple[list[list], list[list[VideoClip]], list[SoundClip], list[int | None]]:
     """
     The media of conversations in reading order.
 
@@ -51,7 +60,8 @@ def collect_media(
         Images and videos of each conversation, all sounds that stand by themselves, and for every sound the number of
         the video whose sound it is, or `None` for one that stands by itself.
     """
-    batch_images, batch_videos, sounds, indices, num_videos = [], [], [], [], 0
+    batch_images, batch_videos, sounds, num_videos = [], [], [], 0
+    indices: list[int | None] = []
     for messages in conversations:
         images, videos = [], []
         for message in messages:
@@ -67,7 +77,7 @@ def collect_media(
                         indices.append(num_videos)
                     num_videos += 1
                 elif block["type"] == "audio":
-                    sounds.append(_find_source(block))
+                    sounds.append(SoundClip(_find_source(block), block.get("start"), block.get("end")))
                     indices.append(None)
         batch_images.append(images)
         batch_videos.append(videos)
@@ -94,14 +104,13 @@ def _find_source(block: dict[str, Any]) -> Any:
     )
 
 
-def is_clip(video: Any) -> bool:
-    """Whether a video is a `VideoClip`: by name, as a folder loaded as remote code has its own copy of the class."""
+def _is_clip(video: Any) -> bool:
+    # By name, not by class: a folder loaded as remote code holds its own copy of the media module.
     return type(video).__name__ == "VideoClip"
 
 
-def is_in_memory(video: Any) -> bool:
-    """Whether a video is given by its frames, so that it has no sound."""
-    return isinstance(video, (list, tuple, np.ndarray, torch.Tensor))
+def _is_in_memory(medium: Any) -> bool:
+    return isinstance(medium, (list, tuple, np.ndarray, torch.Tensor))
 
 
 def flat_videos(videos: Any) -> list:
@@ -116,10 +125,54 @@ def flat_videos(videos: Any) -> list:
             return []
     fetched = []
     for video in make_flat_list_of_videos(videos):
-        source = make_flat_list_of_videos(video.source)[0] if is_clip(video) else video
-        source = source if is_in_memory(source) else fetch_media(source)
-        fetched.append(dataclasses.replace(video, source=source) if is_clip(video) else source)
+        source = make_flat_list_of_videos(video.source)[0] if _is_clip(video) else video
+        source = source if _is_in_memory(source) else fetch_media(source)
+        fetched.append(dataclasses.replace(video, source=source) if _is_clip(video) else source)
     return fetched
 
 
-__all__ = ["collect_media", "flat_videos", "is_clip", "is_in_memory", "prepare_messages"]
+def flat_sounds(audio: Any) -> list:
+    """
+    A flat list of sounds, from lists nested to any depth. An array of one or two dimensions is one sound, and so is a
+    list of numbers.
+    """
+    if isinstance(audio, (list, tuple)) and not (audio and isinstance(audio[0], (float, int))):
+        return [sound for item in audio for sound in flat_sounds(item)]
+    if isinstance(audio, (np.ndarray, torch.Tensor)) and audio.ndim == 3:
+        return list(audio)
+    return [audio]
+
+
+def load_sound(
+    feature_extractor: Any, sound: Any, sampling_rate: int | None = None, audio_mode: str | None = None
+) -> tuple[Any, int]:
+    """Waveform and rate of a file, of a `SoundClip`, or of a waveform at `sampling_rate` (`None`: the extractor's)."""
+    start = end = None
+    if isinstance(sound, SoundClip):
+        sound, start, end = sound.source, sound.start, sound.end
+    if _is_in_memory(sound):
+        return sound, sampling_rate or feature_extractor.sampling_rate
+    return feature_extractor.load_audio_file(sound, start, end, audio_mode)
+
+
+def load_track(
+    feature_extractor: Any,
+    video: Any,
+    start: float | None = None,
+    end: float | None = None,
+    audio_mode: str | None = None,
+) -> tuple[np.ndarray, int] | None:
+    """
+    Waveform and rate of the sound of a video, between the seconds where its frames are taken; `None` if it has no
+    track. A track that cannot be decoded is an error.
+    """
+    if _is_clip(video):
+        start = start if video.start is None else video.start
+        end = end if video.end is None else video.end
+        video = video.source
+    if _is_in_memory(video) or not has_audio(video):
+        return None
+    return feature_extractor.load_video_audio(video, start, end, audio_mode), feature_extractor.sampling_rate
+
+
+__all__ = ["SoundClip", "collect_media", "flat_sounds", "flat_videos", "load_sound", "load_track", "prepare_messages"]

@@ -2,32 +2,47 @@
 
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import ImageInput, PILImageResampling, make_flat_list_of_images
-from transformers.processing_utils import MultiModalData, OmniModalProcessingKwargs, OmniModalProcessorMixin, Unpack
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import (
+    AudioKwargs,
+    MultiModalData,
+    OmniModalProcessingKwargs,
+    OmniModalProcessorMixin,
+    Unpack,
+)
 from transformers.tokenization_utils_base import AudioInput, PreTokenizedInput, PreTrainedTokenizerBase, TextInput
 from transformers.video_utils import VideoInput
 
-from .checkpoint_videollama2 import MISTRAL_SYSTEM_MESSAGE, PLACEHOLDER_TOKENS, add_placeholder_tokens
+from .checkpoint_videollama2 import PLACEHOLDER_TOKENS, add_placeholder_tokens
 from .configuration_videollama2 import VideoLlama2Config, get_num_audio_tokens, get_num_visual_tokens
-from .feature_extraction_videollama2 import VideoLlama2FeatureExtractor
-from .image_processing_videollama2 import VideoLlama2ImageProcessor
-from .media_videollama2 import has_audio as has_audio_track
-from .messages_videollama2 import collect_media, flat_videos, is_clip, is_in_memory, prepare_messages
+from .messages_videollama2 import (
+    collect_media,
+    flat_sounds,
+    flat_videos,
+    load_sound,
+    load_track,
+    prepare_messages,
+)
+from .processor_defaults_videollama2 import get_processor_arguments
 from .prompt_videollama2 import (
-    VIDEO_LLAVA_CHAT_TEMPLATE,
-    EncodedPrompt,
-    build_chat_template,
     encode_prompts,
     find_assistant_spans,
     split_at_placeholders,
 )
-from .video_processing_videollama2 import VideoLlama2VideoProcessor
 
 
 MissingAudio = Literal["silence", "drop", "error"]
+
+
+class VideoLlama2AudioKwargs(AudioKwargs, total=False):
+    """
+    audio_mode (`str`, *optional*):
+        What is heard of a long sound, `"reference"` or `"full"`; see [`VideoLlama2FeatureExtractor`].
+    """
+
+    audio_mode: str | None
 
 
 class VideoLlama2ProcessorKwargs(OmniModalProcessingKwargs, total=False):
@@ -38,6 +53,7 @@ class VideoLlama2ProcessorKwargs(OmniModalProcessingKwargs, total=False):
         that cannot be decoded is always an error.
     """
 
+    audio_kwargs: VideoLlama2AudioKwargs
     missing_audio: MissingAudio | None
 
 
@@ -135,42 +151,8 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         Raises:
             ValueError: The placeholder ids of the configuration are not the tokenizer's.
         """
-        add_placeholder_tokens(tokenizer)
-        for token in PLACEHOLDER_TOKENS:
-            name, token_id = f"{token[1:-1]}_token_id", tokenizer.convert_tokens_to_ids(token)
-            if getattr(config, name) != token_id:
-                raise ValueError(
-                    f"config.{name} is {getattr(config, name)}, but {token} has the id {token_id} in the tokenizer. "
-                    "Set the former to the latter."
-                )
-        system_message, chat_template, add_bos_token = None, tokenizer.chat_template, False
-        if config.text_config.model_type in ("mistral", "mixtral"):  # the rule of the original's `mm_infer`
-            system_message = MISTRAL_SYSTEM_MESSAGE
-        if not chat_template and config.connector_type == "frame_mlp2x_gelu":
-            chat_template, add_bos_token = VIDEO_LLAVA_CHAT_TEMPLATE, True
-        defaults = {
-            "chat_template": build_chat_template(chat_template, system_message) if chat_template else None,
-            "connector_type": config.connector_type,
-            "patch_size": config.tower_config("image").patch_size,
-            "video_patch_size": config.tower_config("video").patch_size,
-            "image_num_frames": config.image_num_frames,
-            "image_class_tokens": _num_class_tokens(config, "image"),
-            "video_class_tokens": _num_class_tokens(config, "video"),
-            "has_audio": config.audio_config is not None,
-            "context_length": getattr(config.text_config, "max_position_embeddings", None),
-            "add_bos_token": add_bos_token,
-        }
-        if config.audio_config is not None:
-            defaults["audio_patch_size"] = config.audio_config.patch_size
-        image_options = _vision_options(config, "image", vision_preprocessor)
-        video_options = _vision_options(config, "video", vision_preprocessor)
-        return cls(
-            VideoLlama2ImageProcessor(**image_options),
-            VideoLlama2VideoProcessor(num_frames=config.num_frames, **video_options),
-            VideoLlama2FeatureExtractor(),
-            tokenizer,
-            **{**defaults, **kwargs},
-        )
+        arguments = get_processor_arguments(config, tokenizer, vision_preprocessor)
+        return cls(tokenizer=tokenizer, **{**arguments, **kwargs})
 
     # Prompts and media to model inputs
 
@@ -222,7 +204,9 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
             tokens = [self.video_token] * len(videos or []) + [self.audio_token] * len(audio or [])
         media = _number(tokens)
 
-        processed, num_tokens = {}, {}
+        sounds = self._load_sounds(media, videos or [], audio or [], heard, tracks, options)
+
+        processed, num_tokens, num_sound_tokens = {}, {}, {}
         if images:
             processed |= self.image_processor(images, **options["images_kwargs"])
             for index, pixels in enumerate(processed["pixel_values"]):
@@ -231,21 +215,12 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
             processed |= self.video_processor(videos, **options["videos_kwargs"])
             for index, pixels in enumerate(processed["pixel_values_videos"]):
                 num_tokens[self.video_token, index] = self._num_video_tokens(pixels)
-        for index in heard - set(tracks):
-            tracks[index] = self._read_track(videos[index], index, options)
-        # Sounds in reading order, named by the placeholder that they belong to.
-        sounds = {
-            (token, index): audio[index] if token == self.audio_token else tracks.get(index)
-            for token, index in media
-            if token != self.image_token
-        }
-        sounds = {name: sound for name, sound in sounds.items() if sound is not None}
-        num_sound_tokens = {}
         if sounds:
-            processed |= self._extract_features(list(sounds.values()), options["audio_kwargs"])
-            num_sound_tokens = {
-                name: self._num_audio_tokens(mask) for name, mask in zip(sounds, processed["input_features_mask"])
-            }
+            waveforms, rates = zip(*sounds.values())
+            audio_options = {name: options["audio_kwargs"].get(name) for name in ("return_tensors", "audio_mode")}
+            processed |= self.feature_extractor(list(waveforms), list(rates), **audio_options)
+            for name, mask in zip(sounds, processed["input_features_mask"]):
+                num_sound_tokens[name] = self._num_audio_tokens(mask)
 
         if text is not None:
             expansions = []
@@ -273,7 +248,7 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         if videos is not None:
             videos = flat_videos(videos)
         if audio is not None:
-            audio = list(audio)
+            audio = flat_sounds(audio)
         return images or None, text, videos or None, audio or None
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
@@ -296,25 +271,32 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
                     f"but there are {tokens.count(token)} {token} tokens and {len(media or [])} {name}."
                 )
 
-    def _read_track(self, video: Any, index: int, options: dict[str, dict]) -> np.ndarray | None:
-        """The sound of a video; `None` if it has no track and none is made up for it."""
-        start, end = (options["videos_kwargs"].get(name) for name in ("start", "end"))
-        if is_clip(video):
-            start = start if video.start is None else video.start
-            end = end if video.end is None else video.end
-            video = video.source
-        if not is_in_memory(video) and has_audio_track(video):
-            return self.feature_extractor.load_video_audio(video, start, end)
+    def _load_sounds(
+        self, media: list[tuple[str, int]], videos: list, audio: list, heard: set, tracks: dict, options: dict
+    ) -> dict[tuple[str, int], tuple[Any, int]]:
+        """Waveforms and rates in reading order, by the placeholder that they belong to: a sound's, or a video's."""
+        extractor, sampling_rate = self.feature_extractor, options["audio_kwargs"].get("sampling_rate")
+        audio_mode = options["audio_kwargs"].get("audio_mode")
+        window = [options["videos_kwargs"].get(name) for name in ("start", "end")]
         policy = options.get("missing_audio") or self.missing_audio_policy
-        if policy == "error":
-            raise ValueError(
-                f"Video {index} has no audio track, and missing_audio is 'error'. Choose 'silence' or 'drop', or "
-                "load_audio_from_video=False for it."
-            )
-        return self.feature_extractor.silent_waveform() if policy == "silence" else None
-
-    def _extract_features(self, sounds: list, audio_options: dict) -> dict:
-        return self.feature_extractor(sounds, return_tensors=audio_options.get("return_tensors"))
+        sounds = {}
+        for token, index in media:
+            if token == self.audio_token:
+                sounds[token, index] = load_sound(extractor, audio[index], sampling_rate, audio_mode)
+            elif token == self.video_token and index in tracks:
+                sounds[token, index] = load_sound(extractor, tracks[index], sampling_rate, audio_mode)
+            elif token == self.video_token and index in heard:
+                track = load_track(extractor, videos[index], *window, audio_mode)
+                if track is None and policy == "error":
+                    raise ValueError(
+                        f"Video {index} has no audio track, and missing_audio is 'error'. Choose 'silence' or 'drop', "
+                        "or load_audio_from_video=False for it."
+                    )
+                if track is None and policy == "silence":
+                    track = extractor.silent_waveform(), extractor.sampling_rate
+                if track is not None:
+                    sounds[token, index] = track
+        return sounds
 
     # Placeholders
 
@@ -339,14 +321,13 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         self,
         video_inputs: dict,
         video_idx: int,
-        processed_audio: dict | None = None,
+        processed_audio: Any = None,
         video_to_audio_indices: list[int | None] | None = None,
         **kwargs,
     ) -> str:
         text = self.video_token * self._num_video_tokens(video_inputs["pixel_values_videos"][video_idx])
-        if video_to_audio_indices is not None and video_to_audio_indices[video_idx] is not None:
-            text += self.replace_audio_token(processed_audio, video_to_audio_indices[video_idx])
-        return text
+        audio_idx = video_to_audio_indices[video_idx] if video_to_audio_indices else None
+        return text if audio_idx is None else text + self.replace_audio_token(processed_audio, audio_idx)
 
     def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
         return self.audio_token * self._num_audio_tokens(audio_inputs["input_features_mask"][audio_idx])
@@ -369,24 +350,27 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
             sanitize_control_tokens=bool(text_options.get("sanitize_control_tokens")),
         )
         truncation, max_length = text_options.get("truncation"), text_options.get("max_length")
+        placeholder_ids = {self.image_token_id, self.video_token_id, self.audio_token_id}
         for index, prompt in enumerate(encoded):
             if truncation not in (None, False, "do_not_truncate") and max_length is not None:
-                self._truncate(prompt, max_length)
+                prompt.truncate(max_length, self.tokenizer.truncation_side, placeholder_ids)
             if self.context_length is not None and len(prompt.ids) > self.context_length:
                 raise ValueError(
                     f"Prompt {index} has {len(prompt.ids)} tokens, but the model takes {self.context_length}: "
-                    f"{self._describe_length(prompt)}. Lower num_frames (or fps) or the number of media, or shorten "
+                    f"{prompt.describe()}. Lower num_frames (or fps) or the number of media, or shorten "
                     "the text."
                 )
 
-        padding = {name: text_options.get(name) for name in ("padding", "max_length", "pad_to_multiple_of")}
+        padding = text_options.get("padding")
         padding_side = text_options.get("padding_side") or self.tokenizer.padding_side
         outputs = dict(
             self.tokenizer.pad(
                 {"input_ids": [prompt.ids for prompt in encoded]},
+                padding=padding,
+                max_length=max_length if padding == "max_length" else None,
+                pad_to_multiple_of=text_options.get("pad_to_multiple_of"),
                 padding_side=padding_side,
                 return_attention_mask=text_options.get("return_attention_mask"),
-                **padding,
             )
         )
         if text_options.get("return_offsets_mapping"):
@@ -400,30 +384,6 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         if options["return_mm_token_type_ids"]:
             outputs["mm_token_type_ids"] = self.create_mm_token_type_ids(outputs["input_ids"])
         return outputs
-
-    def _truncate(self, prompt: EncodedPrompt, max_length: int):
-        excess = len(prompt.ids) - max_length
-        if excess <= 0:
-            return
-        from_left = self.tokenizer.truncation_side == "left"
-        removed = prompt.ids[:excess] if from_left else prompt.ids[max_length:]
-        if {self.image_token_id, self.video_token_id, self.audio_token_id} & set(removed):
-            raise ValueError(
-                f"Truncation to max_length={max_length} would cut media off: {self._describe_length(prompt)}. Raise "
-                "max_length, lower num_frames (or fps), or leave truncation off."
-            )
-        keep = slice(excess, None) if from_left else slice(max_length)
-        prompt.ids, prompt.offsets = prompt.ids[keep], prompt.offsets[keep]
-
-    def _describe_length(self, prompt: EncodedPrompt) -> str:
-        """Tokens of a prompt by part: `12 of text, 1521 of video 1, 1496 of its sound, 845 of image 1`."""
-        parts, numbers = [], dict.fromkeys(PLACEHOLDER_TOKENS, 0)
-        for _, token, expansion in prompt.expanded:
-            numbers[token] += 1
-            parts.append(f"{expansion[0][1]} of {token[1:-1]} {numbers[token]}")
-            parts += [f"{count} of its sound" for _, count in expansion[1:]]
-        num_media = sum(count for *_, expansion in prompt.expanded for _, count in expansion)
-        return ", ".join([f"{len(prompt.ids) - num_media} of text", *parts])
 
     # Messages
 
@@ -541,7 +501,7 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         Args:
             image_sizes: (height, width) of images, which do not matter: all become the same size.
             video_sizes: (frames, height, width) of videos whose frames are chosen already.
-            audio_lengths: Numbers of samples at the feature extractor's sampling rate.
+            audio_lengths: Numbers of samples, which do not matter either.
         """
         data = MultiModalData()
         if image_sizes is not None:
@@ -553,6 +513,10 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
             data.num_video_tokens = [
                 self._num_video_tokens(torch.empty(frames, 3, *size, device="meta")) for frames, *_ in video_sizes
             ]
+        if audio_lengths is not None:
+            extractor = self.feature_extractor
+            silence = extractor(extractor.silent_waveform(), extractor.sampling_rate)  # all sounds fill one window
+            data.num_audio_tokens = [self._num_audio_tokens(silence["input_features_mask"][0])] * len(audio_lengths)
         return data
 
 
@@ -564,29 +528,6 @@ def _number(tokens: list[str]) -> list[tuple[str, int]]:
         counts[token] += 1
         numbered.append((token, counts[token]))
     return numbered
-
-
-def _num_class_tokens(config: VideoLlama2Config, modality: Literal["image", "video"]) -> int:
-    has_class_token = config.tower_config(modality).model_type != "siglip_vision_model"
-    return int(has_class_token and config.select_strategy(modality) == "full")
-
-
-def _vision_options(
-    config: VideoLlama2Config, modality: Literal["image", "video"], preprocessor: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Options of the image or the video processor for the vision tower of a model."""
-    tower = config.tower_config(modality)
-    if tower.model_type == "languagebind_vision":  # its own transforms; languagebind/image and video/processing_*.py
-        options = {"size": {"shortest_edge": tower.image_size}, "antialias": False}
-        video = {"resample": PILImageResampling.BILINEAR, "sample_endpoints": True}
-        return options if modality == "image" else options | video
-    if preprocessor is not None:
-        names = VideoLlama2ImageProcessor.valid_kwargs.__annotations__
-        return {name: value for name, value in preprocessor.items() if name in names}
-    if tower.model_type == "siglip_vision_model":
-        size = {"height": tower.image_size, "width": tower.image_size}
-        return {"size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    return {"size": {"shortest_edge": tower.image_size}}
 
 
 def _output_size(processor: Any) -> tuple[int, int]:

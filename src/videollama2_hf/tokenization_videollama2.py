@@ -13,7 +13,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
@@ -32,8 +32,8 @@ _SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tok
 
 class _SentencePieceModel(NamedTuple):
     pieces: list[tuple[str, float, int]]  # text, score, type
-    trainer: dict[int, bytes | int | float]  # fields of TrainerSpec and NormalizerSpec by their number
-    normalizer: dict[int, bytes | int | float]
+    trainer: dict[int, Any]  # fields of TrainerSpec and NormalizerSpec by their number
+    normalizer: dict[int, Any]
 
 
 def _read_varint(data: bytes, position: int) -> tuple[int, int]:
@@ -46,8 +46,9 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
             return value, position
 
 
-def _read_fields(data: bytes) -> Iterator[tuple[int, bytes | int | float]]:
+def _read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Field numbers and values of one protocol buffer message; its 32-bit fields are floats here."""
+    value: Any
     position = 0
     while position < len(data):
         tag, position = _read_varint(data, position)
@@ -66,7 +67,9 @@ def _read_fields(data: bytes) -> Iterator[tuple[int, bytes | int | float]]:
 
 def _read_model(path: str | os.PathLike) -> _SentencePieceModel:
     data = Path(path).read_bytes()
-    pieces, trainer, normalizer = [], {}, {}
+    pieces: list[tuple[str, float, int]] = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
     try:
         for number, value in _read_fields(data):
             if number == 1:
@@ -142,15 +145,16 @@ def build_sentencepiece_backend(path: str | os.PathLike, legacy: bool = True) ->
             byte_fallback=_BYTE in kinds,
         )
     )
-    steps, decoding = [normalizers.Replace(" ", "▁")], []
+    steps: list[Any] = [normalizers.Replace(" ", "▁")]
+    decoding: list[Any] = []
     if model.normalizer.get(3, 1):  # add_dummy_prefix
         if legacy:
-            prefix = normalizers.Prepend("▁")
+            steps.insert(0, normalizers.Prepend("▁"))
         else:
             # Special tokens are matched behind the normaliser, so that it sees the text as a whole. It must not touch
             # a text that begins with one, nor the special tokens themselves, to which it is applied as well.
-            prefix = normalizers.Replace(Regex(rf"\A(?!{'|'.join(map(_escape, special.values()))})"), "▁")
-        steps.insert(0, prefix)
+            special_tokens = "|".join(map(_escape, special.values()))
+            steps.insert(0, normalizers.Replace(Regex(rf"\A(?!{special_tokens})"), "▁"))
         decoding.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.decoder = decoders.Sequence(
