@@ -1,4 +1,4 @@
-"""Reading the recordings of the original: its negative placeholder ids and spliced sequences, in this model's terms."""
+"""Reading the recordings of the original: its negative placeholder ids and spliced sequences, in our terms."""
 
 import json
 import re
@@ -31,7 +31,8 @@ class Recording:
 
     def model_inputs(self, case: str, config: VideoLlama2Config, with_labels: bool = True) -> dict[str, torch.Tensor]:
         """
-        The case's inputs for this model: placeholders expanded, rows right-padded as the original pads its spliced rows.
+        The case's inputs for this model: placeholders expanded, rows right-padded as the original pads its spliced
+        rows.
         """
         ids, rows = self.inputs[f"{case}.input_ids"].long(), []
         mask = self.inputs.get(f"{case}.attention_mask", torch.ones_like(ids)).bool()

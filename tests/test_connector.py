@@ -15,6 +15,7 @@ from videollama2_hf.configuration_videollama2 import (
 )
 from videollama2_hf.connector_videollama2 import build_connector
 
+
 GOLDENS = Path(__file__).parent / "goldens" / "connector_only"
 MANIFEST = json.loads((GOLDENS / "manifest.json").read_text())
 GRIDS = [

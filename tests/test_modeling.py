@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LogitsProcessor
 
 from tiny_models import FAMILIES, make_config, make_model
-from transformers import AutoModelForCausalLM, LogitsProcessor
 from videollama2_hf import VideoLlama2ForConditionalGeneration, VideoLlama2Model, get_num_audio_tokens
+
 
 FRAMES = {"video": 4, "long": 6}
 CLIP = 48
@@ -433,7 +434,7 @@ def test_mismatches_are_named(model, change, message):
 
 
 def test_sound_runs_without_flash_attention():
-    """Flash attention cannot add BEATs' position bias: the audio tower falls back, the rest keeps what was asked for."""
+    """Flash attention cannot add BEATs' position bias: the audio tower falls back, the rest keeps what was asked."""
     config = make_config()
     config.audio_config._attn_implementation = "flash_attention_2"
     assert VideoLlama2Model(config).audio_tower.config._attn_implementation == "sdpa"
@@ -497,7 +498,7 @@ def test_save_and_load_keep_the_original_keys(tmp_path, family):
 
 
 def test_a_new_vision_tower_is_initialised_as_transformers_would(tmp_path):
-    """Out-of-tree code is passed over by part of transformers' initialisation; a tower trained from scratch needs it."""
+    """Part of transformers' initialisation passes out-of-tree code over; a tower trained from scratch needs it."""
     from transformers import CLIPVisionModel
 
     config = make_config(vision="clip_vision_model")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from videollama2_hf.configuration_videollama2 import VideoLlama2AudioConfig, get_num_audio_tokens
 from videollama2_hf.modeling_beats import VideoLlama2AudioModel, relative_position_buckets
 
+
 GOLDENS = Path(__file__).parent / "goldens" / "qwen2_siglip_beats_av"
 
 

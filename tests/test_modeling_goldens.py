@@ -1,10 +1,11 @@
-"""The whole model against recordings of the original: features, logits, loss and greedy tokens, loaded from its files."""
+"""The whole model against recordings of the original: features, logits, loss and greedy tokens."""
 
 import pytest
 import torch
+from transformers import AutoModelForMultimodalLM
 
 from golden_utils import Recording
-from transformers import AutoModelForMultimodalLM
+
 
 JOBS = [
     "mistral_clip_stc_8f",

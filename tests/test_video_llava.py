@@ -1,4 +1,4 @@
-"""Video-LLaVA as a configuration of the same classes, against recordings of the original with its temporal attention."""
+"""Video-LLaVA as a configuration of the same classes, against recordings of the original."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from videollama2_hf import VideoLlama2Config, VideoLlama2ForConditionalGeneration
 from videollama2_hf.checkpoint_videollama2 import VIDEO_LLAVA_KEY_MAPPING
+
 
 GOLDENS = Path(__file__).parent / "goldens" / "video_llava"
 CHECKPOINT = GOLDENS / "tiny-video-llava-7b"

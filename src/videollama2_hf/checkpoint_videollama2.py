@@ -152,7 +152,7 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _tower_config(checkpoint: str, tower: str, kind: str) -> dict[str, Any]:
-    """Configuration of a vision tower that `config.json` only names. `kind`: `"clip"`, `"siglip"`, `"languagebind"`."""
+    """Configuration of a vision tower that `config.json` only names; `kind` is `_tower_kind`'s."""
     if tower in _KNOWN_TOWERS:
         return _KNOWN_TOWERS[tower][0]
     path = _find_file(checkpoint, tower, CONFIG_NAME)
@@ -160,8 +160,8 @@ def _tower_config(checkpoint: str, tower: str, kind: str) -> dict[str, Any]:
         if kind == "languagebind":
             return {**_LANGUAGEBIND_TOWER, "add_time_attn": "video" in tower.lower()}
         raise OSError(
-            f"The checkpoint names its vision tower {tower!r} but does not describe it, and {CONFIG_NAME} of the tower "
-            f"was found neither under {checkpoint} nor on the Hub. Put the tower's {CONFIG_NAME} into "
+            f"The checkpoint names its vision tower {tower!r} but does not describe it, and the tower's {CONFIG_NAME} "
+            f"was found neither under {checkpoint} nor on the Hub. Put it into "
             f"{Path(checkpoint) / tower}."
         )
     config = _read_json(path)
@@ -180,8 +180,8 @@ def _tower_kind(tower: str) -> str:
         if kind in tower.lower():
             return kind
     raise ValueError(
-        f"Unknown vision tower {tower!r} in `mm_vision_tower`; the original builds towers whose name contains 'clip' or "
-        "'siglip'."
+        f"Unknown vision tower {tower!r} in `mm_vision_tower`; the original builds towers whose name contains "
+        "'clip' or 'siglip'."
     )
 
 

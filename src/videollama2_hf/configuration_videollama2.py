@@ -1,6 +1,6 @@
 """Configuration of VideoLLaMA 2 and Video-LLaVA, and the one formula for how many tokens a medium becomes."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -24,6 +24,8 @@ ConnectorType = Literal[
     "linear",
     "frame_mlp2x_gelu",
 ]
+
+VisualModality = Literal["image", "video"]
 
 # Per connector type with a 3D sampler: kernel (= stride) over (time, height, width), and zero padding.
 CONNECTOR_SAMPLERS = {
@@ -52,17 +54,17 @@ def get_connector_output_size(connector_type: str, num_frames: int, height: int,
     if connector_type == "frame_mlp2x_gelu":
         return num_frames, height, width
     if connector_type not in CONNECTOR_SAMPLERS:
-        allowed = ", ".join(ConnectorType.__args__)
+        allowed = ", ".join(get_args(ConnectorType))
         raise ValueError(f"Unknown connector type {connector_type!r}; choose one of {allowed}.")
     kernel, padding = CONNECTOR_SAMPLERS[connector_type]
-    size = tuple((n + 2 * padding - k) // k + 1 for n, k in zip((num_frames, height, width), kernel))
-    if min(size) < 1:
+    time, rows, columns = ((n + 2 * padding - k) // k + 1 for n, k in zip((num_frames, height, width), kernel))
+    if min(time, rows, columns) < 1:
         smallest = " x ".join(str(max(1, k - 2 * padding)) for k in kernel)
         raise ValueError(
             f"{connector_type} needs at least {smallest} (frames x rows x columns of patches), got "
-            f"{num_frames} x {height} x {width}; raise `num_frames` or choose a connector that does not pool over time."
+            f"{num_frames} x {height} x {width}; raise `num_frames` or choose another connector."
         )
-    return size
+    return time, rows, columns
 
 
 def get_num_visual_tokens(
@@ -243,7 +245,8 @@ class VideoLlama2Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        # Whether the head is tied is the language model's business; the attribute at the top is what transformers reads.
+        # Whether the head is tied is the language model's business; the attribute at the top is what transformers
+        # reads.
         if self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = True
 
@@ -263,13 +266,13 @@ class VideoLlama2Config(PreTrainedConfig):
             config_dict = convert_original_config(config_dict, str(pretrained_model_name_or_path))
         return config_dict, kwargs
 
-    def select_strategy(self, modality: Literal["image", "video"]) -> str:
+    def select_strategy(self, modality: VisualModality) -> str:
         """`"default"` or `"full"`, for images or for videos."""
         if modality == "video" and self.video_feature_select_strategy is not None:
             return self.video_feature_select_strategy
         return self.vision_feature_select_strategy
 
-    def tower_config(self, modality: Literal["image", "video"]) -> PreTrainedConfig:
+    def tower_config(self, modality: VisualModality) -> PreTrainedConfig:
         """Configuration of the tower that sees images, or videos."""
         return self.video_config if modality == "video" and self.video_config is not None else self.vision_config
 
@@ -278,7 +281,7 @@ class VideoLlama2Config(PreTrainedConfig):
         """Frames that one image enters the connector as: 1 where the connector works frame by frame."""
         return 1 if self.connector_type == "frame_mlp2x_gelu" else self.num_frames
 
-    def num_visual_tokens(self, modality: Literal["image", "video"], num_frames: int | None = None) -> int:
+    def num_visual_tokens(self, modality: VisualModality, num_frames: int | None = None) -> int:
         """Tokens of one image, or of one video of `num_frames` frames, in this model."""
         tower = self.tower_config(modality)
         grid = tower.image_size // tower.patch_size
@@ -304,7 +307,7 @@ class VideoLlama2Config(PreTrainedConfig):
                 f"stp_connector for towers of another width."
             )
         if self.connector_type != "frame_mlp2x_gelu":
-            for modality in ("image", "video"):
+            for modality in get_args(VisualModality):
                 tower = self.tower_config(modality)
                 if self.select_strategy(modality) == "full" and tower.model_type != "siglip_vision_model":
                     raise ValueError(
@@ -314,7 +317,7 @@ class VideoLlama2Config(PreTrainedConfig):
         for name in ("connector_depth", "connector_mlp_depth", "num_frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for modality in ("image", "video"):
+        for modality in get_args(VisualModality):
             self.num_visual_tokens(modality)  # raises when the grid or num_frames is too small for the sampler
 
     def validate_vision_feature_layer(self):
@@ -349,6 +352,7 @@ MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("videollama2", "VideoLlama2ForC
 AutoConfig.register("languagebind_vision", LanguageBindVisionConfig, exist_ok=True)
 AutoConfig.register("videollama2_audio", VideoLlama2AudioConfig, exist_ok=True)
 AutoConfig.register("videollama2", VideoLlama2Config, exist_ok=True)
+VideoLlama2Config.register_for_auto_class()
 for _name in ORIGINAL_MODEL_TYPES:
     if _name.startswith("videollama2_"):
         AutoConfig.register(_name, _make_alias(_name), exist_ok=True)

@@ -2,12 +2,14 @@
 Connectors: from the vision tower's patches to the language model's input.
 
 Every connector takes features of shape (videos, frames, patches, width), the patches of a square grid in row-major
-order, and returns tokens of shape (videos, tokens, hidden_size), ordered by time, then row, then column. How many tokens
+order, and returns tokens of shape (videos, tokens, hidden_size), ordered by time, then row, then column. How many
+tokens
 is `configuration_videollama2.get_num_visual_tokens`'s to say. Attribute names (`s1`, `sampler`, `readout`, ...) are
 those of the original's `videollama2/model/projector.py`: the checkpoints' keys depend on them.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -38,7 +40,8 @@ class STCConnector(nn.Module):
         has_stages = config.connector_type not in ("spatial_conv", "spatial_pool")
         pools = config.connector_type in ("stp_connector", "spatial_pool")
 
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # transformers sets this, and the function with it
+        self._gradient_checkpointing_func: Callable | None = None
         self.s1 = self._build_stage(config.connector_depth, in_features, hidden_size) if has_stages else nn.Identity()
         sampler = (
             nn.AvgPool3d(kernel_size)
@@ -60,7 +63,7 @@ class STCConnector(nn.Module):
         )
 
     def _run_stage(self, stage: nn.Module, frames: torch.Tensor) -> torch.Tensor:
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self._gradient_checkpointing_func is not None and self.training:
             return self._gradient_checkpointing_func(stage.__call__, frames)
         return stage(frames)
 

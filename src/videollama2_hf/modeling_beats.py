@@ -5,6 +5,7 @@ Attribute names are those of the original code (`videollama2/model/beats/`): the
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,8 +63,8 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int, 
     """
     Bucket of every relative position (key minus query) from `-(length - 1)` to `length - 1`: int64, (2 * length - 1).
 
-    Half of the buckets are for keys after the query. In each half, half of the buckets hold one distance each, the rest
-    grow logarithmically up to `max_distance`; the logarithm is taken in float32, as the original does.
+    Half of the buckets are for keys after the query. In each half, half of the buckets hold one distance each, the
+    rest grow logarithmically up to `max_distance`; the logarithm is taken in float32, as the original does.
     """
     relative_position = torch.arange(1 - length, length, device=device)
     num_buckets //= 2
@@ -231,7 +232,8 @@ class VideoLlama2AudioEncoder(nn.Module):
         hidden_states = self.layer_norm(hidden_states)
         hidden_states = nn.functional.dropout(hidden_states, p=self.config.hidden_dropout, training=self.training)
 
-        position_bias = self.layers[0].self_attn.position_bias(hidden_states.shape[1], hidden_states.device)
+        attention: Any = self.layers[0].self_attn
+        position_bias = attention.position_bias(hidden_states.shape[1], hidden_states.device)
         attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         scale = self.config.layer_wise_gradient_decay_ratio
         for layer in self.layers:

@@ -1,5 +1,6 @@
 """VideoLLaMA 2: a vision tower, an audio tower and their connectors in front of a language model."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
 from transformers.generation.logits_process import (
@@ -31,6 +33,14 @@ from .modeling_beats import VideoLlama2AudioModel
 from .modeling_languagebind import LanguageBindVisionModel, check_whole_windows
 
 
+_FOR_GENERATION = "modeling_videollama2.VideoLlama2ForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": "configuration_videollama2.VideoLlama2Config",
+    "AutoModel": "modeling_videollama2.VideoLlama2Model",
+    "AutoModelForMultimodalLM": _FOR_GENERATION,
+    "AutoModelForImageTextToText": _FOR_GENERATION,
+    "AutoModelForCausalLM": _FOR_GENERATION,
+}
 MODALITIES = ("image", "video", "audio")
 MODEL_INPUTS = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
 
@@ -113,6 +123,14 @@ class VideoLlama2PreTrainedModel(PreTrainedModel):
         r"\.position_ids$",
     ]
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """
+        As for every model; the folder also gets the code (this file and its siblings), so that it loads by
+        `trust_remote_code=True` where this package is not installed.
+        """
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
         # Code outside of transformers is taken not to honour "this weight is loaded already", and modules that only
         # initialise their children (CLIP's attention) are then passed over. This code does honour it.
@@ -122,6 +140,14 @@ class VideoLlama2PreTrainedModel(PreTrainedModel):
 def _lengths(features: torch.Tensor | Sequence[torch.Tensor]) -> list[int]:
     """Tokens of every medium in a `pooler_output`."""
     return [len(item) for item in features]
+
+
+def _build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    # By name, not by class: code that was loaded from a folder exists once per entry file, so the Auto classes may
+    # know another copy of our configuration class.
+    if config.model_type == "languagebind_vision":
+        return LanguageBindVisionModel._from_config(config)
+    return AutoModel.from_config(config)
 
 
 def _to_device_of(tower: PreTrainedModel, values: torch.Tensor) -> torch.Tensor:
@@ -142,15 +168,15 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
 
     def __init__(self, config: VideoLlama2Config):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.video_tower = AutoModel.from_config(config.video_config) if config.video_config is not None else None
+        self.vision_tower = _build_vision_tower(config.vision_config)
+        self.video_tower = _build_vision_tower(config.video_config) if config.video_config is not None else None
         # The two projectors keep the original's names (`mm_projector`, `mm_projector_a`).
         self.mm_projector = build_connector(config)
         if config.audio_config is not None:
             # Flash attention cannot add a position bias; what was asked for goes to the other parts.
             if "flash" in (config.audio_config._attn_implementation or ""):
                 config.audio_config._attn_implementation = "sdpa"
-            self.audio_tower = AutoModel.from_config(config.audio_config)
+            self.audio_tower = VideoLlama2AudioModel._from_config(config.audio_config)
             self.mm_projector_a = build_audio_connector(config)
         else:
             self.audio_tower = None
@@ -218,19 +244,19 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
             `pooler_output`: (videos, tokens, hidden_size), or a list of (tokens, hidden_size) for a list.
             `last_hidden_state`: (frames of all videos, patches, width), the tower's.
         """
-        is_list = not isinstance(pixel_values_videos, torch.Tensor)
-        videos = list(pixel_values_videos) if is_list else [pixel_values_videos]
-        if getattr(self.config.tower_config("video"), "add_time_attn", False):
-            for video in videos:
-                check_whole_windows(video.shape[-4], self.config.tower_config("video").num_frames)
-        frames = torch.cat(videos) if is_list else pixel_values_videos.flatten(0, 1)
-        outputs = self._encode_frames("video", frames, **kwargs)
-        features = outputs.last_hidden_state
-        if is_list:
-            per_video = features.split([len(video) for video in videos])
-            outputs.pooler_output = [self.mm_projector(video.unsqueeze(0)).squeeze(0) for video in per_video]
+        lengths = [len(video) for video in pixel_values_videos]
+        tower_config = self.config.tower_config("video")
+        if getattr(tower_config, "add_time_attn", False):
+            for length in lengths:
+                check_whole_windows(length, tower_config.num_frames)
+        if isinstance(pixel_values_videos, torch.Tensor):
+            outputs = self._encode_frames("video", pixel_values_videos.flatten(0, 1), **kwargs)
+            features = outputs.last_hidden_state.unflatten(0, pixel_values_videos.shape[:2])
+            outputs.pooler_output = self.mm_projector(features)
         else:
-            outputs.pooler_output = self.mm_projector(features.unflatten(0, pixel_values_videos.shape[:2]))
+            outputs = self._encode_frames("video", torch.cat(pixel_values_videos), **kwargs)
+            per_video = outputs.last_hidden_state.split(lengths)
+            outputs.pooler_output = [self.mm_projector(video.unsqueeze(0)).squeeze(0) for video in per_video]
         return outputs
 
     @can_return_tuple
@@ -253,8 +279,8 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         """
         if self.audio_tower is None:
             raise ValueError(
-                "This model has no audio tower (config.audio_config is None), so it cannot take `input_features`; drop "
-                "the sound, or load a model that hears."
+                "This model has no audio tower (config.audio_config is None), so it takes no `input_features`. Leave "
+                "the sound out, or load a model that hears."
             )
         input_features = _to_device_of(self.audio_tower, input_features)
         outputs = self.audio_tower(input_features, input_features_mask, return_dict=True, **kwargs)
@@ -308,7 +334,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         return masks
 
     def _embed_text(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """Embeddings of the text; a placeholder, whose id may lie beyond the vocabulary, gets the embedding of id 0."""
+        """Embeddings of the text. A placeholder, whose id may lie beyond the vocabulary, gets that of id 0."""
         masks = self.get_placeholder_masks(input_ids)
         is_placeholder = masks["image"] | masks["video"] | masks["audio"]
         return self.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))
@@ -337,8 +363,8 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
             num_placeholders == flat.shape[0],
             lambda: (
                 f"The {modality} placeholders in `input_ids` and the {modality} features do not match: "
-                f"{int(num_placeholders)} placeholders, {flat.shape[0]} features ({_lengths(features)} per {modality}). "
-                "Use the processor that was saved with this model."
+                f"{int(num_placeholders)} placeholders, {flat.shape[0]} features ({_lengths(features)} "
+                f"per {modality}). Use the processor that was saved with this model."
             ),
         )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), flat), flat
@@ -376,7 +402,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         for modality, values in raw.items():
             if values is not None and encoded.get(modality) is not None:
                 raise ValueError(
-                    f"Pass either `{MODEL_INPUTS[modality]}` or encoded media under `mm_encoder_outputs[{modality!r}]`."
+                    f"Pass either `{MODEL_INPUTS[modality]}` or encoded media, `mm_encoder_outputs[{modality!r}]`."
                 )
         encoded |= self.encode_media(
             pixel_values=pixel_values,
@@ -386,7 +412,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         )
 
         if inputs_embeds is None:
-            inputs_embeds = self._embed_text(input_ids)
+            inputs_embeds = self._embed_text(input_ids)  # type: ignore[arg-type]  # one of the two is there
         flat_features = {}
         if inputs_embeds.shape[1] > 1 or encoded:  # a step of the decoding loop has no placeholders
             masks = self.get_placeholder_masks(input_ids, inputs_embeds)
@@ -429,8 +455,8 @@ class FiniteLogitsCheck(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if not torch.isfinite(scores).all():
             raise FloatingPointError(
-                f"The logits for token {input_ids.shape[1]} contain NaN or Inf. The usual cause is float16, which these "
-                "models overflow: load with dtype=torch.bfloat16 (as trained) or torch.float32. Pass "
+                f"The logits for token {input_ids.shape[1]} contain NaN or Inf. The usual cause is float16, which "
+                "these models overflow: load with dtype=torch.bfloat16 (as trained) or torch.float32. Pass "
                 "remove_invalid_values=True to generate all the same."
             )
         return scores
@@ -573,7 +599,7 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
         raw = {name: model_kwargs.pop(name, None) for name in (*MODEL_INPUTS.values(), "input_features_mask")}
         for modality, name in MODEL_INPUTS.items():
             if raw[name] is not None and given.get(modality) is not None:
-                raise ValueError(f"Pass either `{name}` or encoded media under `mm_encoder_outputs[{modality!r}]`.")
+                raise ValueError(f"Pass either `{name}` or encoded media, `mm_encoder_outputs[{modality!r}]`.")
         model_kwargs["mm_encoder_outputs"] = given | self.encode_media(**raw)
         return model_kwargs
 
@@ -632,6 +658,10 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
 
 register_checkpoint_conversion_mapping("VideoLlama2ForConditionalGeneration", WEIGHT_RENAMINGS, overwrite=True)
 register_checkpoint_conversion_mapping("VideoLlama2Model", BASE_MODEL_WEIGHT_RENAMINGS, overwrite=True)
+
+# So that saving copies the code, also after a load that found this package and not the folder's copy.
+VideoLlama2Model.register_for_auto_class("AutoModel")
+VideoLlama2ForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
 
 __all__ = [
     "LanguageBindVisionModel",

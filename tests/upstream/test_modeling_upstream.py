@@ -9,10 +9,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
-from transformers_tests import test_tensor_parallel_mixin
 from transformers_tests.test_tensor_parallel_mixin import TensorParallelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
+from transformers_tests import test_tensor_parallel_mixin
 from videollama2_hf import (
     VideoLlama2AudioConfig,
     VideoLlama2AudioModel,
