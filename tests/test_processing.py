@@ -12,7 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer, AutoVideoProcessor
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    AutoVideoProcessor,
+    ByT5Tokenizer,
+)
 
 from videollama2_hf import VideoLlama2Config
 from videollama2_hf.checkpoint_videollama2 import (
@@ -759,12 +766,18 @@ def test_media_that_do_not_fit(hearing, deaf):
     for call in (
         lambda: deaf(text="<audio>", audio=SOUND),
         lambda: encode(deaf, [user(block("audio"))]),
-        lambda: encode(deaf, [user(block("video"))], load_audio_from_video=True),
+        lambda: deaf(text="<video>", videos=[FRAMES], load_audio_from_video=True, audio_from_video_indices=[0]),
         lambda: encode(deaf, [user(block("video", load_audio_from_video=True))]),
     ):
         with pytest.raises(ValueError, match="This model does not hear"):
             call()
-    assert "input_features" not in encode(deaf, [user(block("video"))])
+    # transformers' server turns the flag on for every model; it says nothing to one that does not hear.
+    for kwargs in ({}, {"load_audio_from_video": True}, {"processor_kwargs": {"load_audio_from_video": True}}):
+        assert "input_features" not in encode(deaf, [user(block("video"))], **kwargs)
+    assert "input_features" not in deaf(text="<video>", videos=[FRAMES], load_audio_from_video=True)
+    assert "input_features" not in encode(
+        hearing, [user(block("video"))], processor_kwargs={"load_audio_from_video": False}
+    )
     with pytest.raises(ValueError, match="type video needs one of the keys video, url, path and base64"):
         encode(hearing, [user({"type": "video", "num_frames": 4})])
     with pytest.raises(ValueError, match="base64 of a content block of type image is broken"):
@@ -862,3 +875,21 @@ def test_answers_are_decoded(hearing):
     ):
         assert decode(ids, skip_special_tokens=True) == ["A cat.", "Two dogs run."]
     assert hearing.decode(ids[0], skip_special_tokens=True) == "A cat."
+
+
+def test_a_slow_tokenizer(hearing):
+    """Everything but what needs to know where a token is in the text."""
+    processor = VideoLlama2Processor(
+        hearing.image_processor,
+        hearing.video_processor,
+        hearing.feature_extractor,
+        ByT5Tokenizer(),
+        chat_template=build_chat_template("{% for message in messages %}{{ message.content }}{% endfor %}"),
+    )
+    ids = encode(processor, [user(block("image"), "Hi")]).input_ids[0]
+    expected = [-200, *processor.tokenizer("\nHi", add_special_tokens=False).input_ids]
+    assert collapse(processor, ids) == expected
+    with pytest.raises(ValueError, match="slow tokenizer cannot take as text"):
+        encode(processor, [user(block("image"), "a <video> tag")])
+    with pytest.raises(ValueError, match="needs a fast tokenizer"):
+        encode(processor, [user("Hi"), {"role": "assistant", "content": "Yes"}], return_assistant_tokens_mask=True)

@@ -1,5 +1,7 @@
 """Processor of VideoLLaMA 2 and Video-LLaVA: messages in, model inputs out."""
 
+import os
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -13,9 +15,16 @@ from transformers.processing_utils import (
     Unpack,
 )
 from transformers.tokenization_utils_base import AudioInput, PreTokenizedInput, PreTrainedTokenizerBase, TextInput
+from transformers.utils import PROCESSOR_NAME, cached_file
 from transformers.video_utils import VideoInput
 
-from .checkpoint_videollama2 import PLACEHOLDER_TOKENS, add_placeholder_tokens
+from .checkpoint_videollama2 import (
+    PLACEHOLDER_TOKENS,
+    add_placeholder_tokens,
+    find_original_config,
+    load_original_image_processor_config,
+    load_original_tokenizer,
+)
 from .configuration_videollama2 import VideoLlama2Config, get_num_audio_tokens, get_num_visual_tokens
 from .messages_videollama2 import (
     collect_media,
@@ -31,6 +40,7 @@ from .prompt_videollama2 import (
     find_assistant_spans,
     split_at_placeholders,
 )
+from .tokenization_videollama2 import HUB_ARGUMENTS
 
 
 MissingAudio = Literal["silence", "drop", "error"]
@@ -73,8 +83,8 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         image_num_frames (`int`): Frames that an image is repeated to before the connector.
         image_class_tokens (`int`), video_class_tokens (`int`): Class tokens kept in front of a frame's patches.
         audio_patch_size (`int`): Patch size of BEATs, in filter-bank frames and bins.
-        has_audio (`bool`): Whether the model hears. If so, `load_audio_from_video` is on by default; if not, sound is
-            refused.
+        has_audio (`bool`): Whether the model hears. If so, `load_audio_from_video` is on by default; if not, sounds
+            are refused.
         missing_audio_policy (`str`): Default of the argument `missing_audio`; see [`VideoLlama2ProcessorKwargs`].
         context_length (`int`, *optional*): Longest prompt that the model takes, in tokens. `None`: not checked.
         add_bos_token (`bool`): Whether prompts begin with the tokenizer's BOS token, which the template does not print
@@ -129,6 +139,26 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         self.image_token, self.video_token, self.audio_token = PLACEHOLDER_TOKENS
         ids = tokenizer.convert_tokens_to_ids(list(PLACEHOLDER_TOKENS))
         self.image_token_id, self.video_token_id, self.audio_token_id = ids
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "VideoLlama2Processor":
+        """
+        As for every processor. From the folder or Hub repository of an original checkpoint, which has none, it is made
+        of the tokenizer there, the vision tower's preprocessing and the model's configuration.
+        """
+        checkpoint = str(pretrained_model_name_or_path)
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        if cached_file(checkpoint, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs) is None:
+            config_dict = find_original_config(checkpoint, **hub_kwargs)
+            if config_dict is not None:
+                own = {name: value for name, value in kwargs.items() if name in signature(cls.__init__).parameters}
+                return cls.from_config(
+                    VideoLlama2Config.from_pretrained(checkpoint, **hub_kwargs),
+                    load_original_tokenizer(checkpoint, config_dict, **hub_kwargs),
+                    load_original_image_processor_config(config_dict, checkpoint),
+                    **own,
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_config(
@@ -186,7 +216,9 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         hears_videos = options["videos_kwargs"].pop("load_audio_from_video", options["load_audio_from_video"])
         heard, tracks = set(range(len(videos or []))) if hears_videos else set(), {}
-        if audio_from_video_indices is not None:
+        if audio_from_video_indices is None:
+            heard = heard if self.has_audio else set()  # as in transformers, the flag means nothing to a deaf model
+        else:
             heard &= set(audio_from_video_indices)
             if heard and audio and len(audio) == len(audio_from_video_indices):
                 tracks = {index: sound for index, sound in zip(audio_from_video_indices, audio) if index in heard}
@@ -194,8 +226,8 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         self.validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if (audio or heard) and not self.has_audio:
             raise ValueError(
-                "This model does not hear (has_audio=False): its processor takes no `audio`, and no "
-                "`load_audio_from_video=True`. Leave the sound out, or use a model with an audio tower."
+                "This model does not hear (has_audio=False), so it takes no sounds, of videos or by themselves. Leave "
+                "them out, or use a model with an audio tower."
             )
 
         prompts = [split_at_placeholders(prompt) for prompt in text or []]
@@ -427,7 +459,8 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
                 `for_training` override that.
             return_assistant_tokens_mask: Whether to return `assistant_masks` (with `return_dict=True`), 1 for the
                 tokens that the assistant says, the end of its turn included. The template needs no `{% generation %}`.
-            load_audio_from_video: Whether to hear the sound of videos. `None`: if the model hears.
+            load_audio_from_video: Whether to hear the sound of videos whose blocks do not say. `None`: yes. Means
+                nothing to a model that does not hear.
             sanitize_control_tokens: Whether control tokens (`</s>`, `<|im_end|>`, ...) in the messages are text.
             chat_template, tools, documents, continue_final_message, tokenize, return_tensors, return_dict,
                 processor_kwargs: As in transformers.
@@ -439,10 +472,11 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         if "for_training" in chat_template:
             kwargs.setdefault("for_training", not inference)
         processor_kwargs = dict(processor_kwargs or {})
-        if not any(
-            "padding_side" in given for given in (kwargs, processor_kwargs, processor_kwargs.get("text_kwargs", {}))
-        ):
+        given = {**kwargs, **processor_kwargs, **processor_kwargs.get("text_kwargs", {})}
+        if "padding_side" not in given:
             processor_kwargs["padding_side"] = "left" if inference else "right"
+        if load_audio_from_video is None:
+            load_audio_from_video = processor_kwargs.pop("load_audio_from_video", None)
         with_mask = return_assistant_tokens_mask and tokenize and return_dict
         if with_mask:
             if continue_final_message or sanitize_control_tokens or not self.tokenizer.is_fast:
@@ -484,8 +518,8 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         load_audio_from_video: bool | None = None,
     ) -> tuple[list[list], list[list], list, dict[str, Any]]:
         default = self.load_audio_from_video if load_audio_from_video is None else load_audio_from_video
-        images, videos, sounds, indices = collect_media(conversations, load_audio_from_video=default)
-        hears_videos = bool(load_audio_from_video) or any(index is not None for index in indices)
+        images, videos, sounds, indices = collect_media(conversations, default and self.has_audio)
+        hears_videos = any(index is not None for index in indices)
         return images, videos, sounds, {"audio_from_video_indices": indices, "load_audio_from_video": hears_videos}
 
     def _get_num_multimodal_tokens(
