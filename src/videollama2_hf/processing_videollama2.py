@@ -184,6 +184,12 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         arguments = get_processor_arguments(config, tokenizer, vision_preprocessor)
         return cls(tokenizer=tokenizer, **{**arguments, **kwargs})
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As for every processor, which stays as it was: transformers would leave an `auto_map` on it."""
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.__dict__.pop("auto_map", None)
+        return files
+
     # Prompts and media to model inputs
 
     def __call__(
