@@ -12,9 +12,10 @@ from typing import Any
 
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, cached_file
+
+from .tokenization_videollama2 import load_tokenizer
 
 
 # model_type of the original's config.json -> the language model's own. Plain "videollama2" is the original's alias of
@@ -233,6 +234,13 @@ def infer_audio_config(shapes: dict[str, tuple[int, ...]], prefix: str = "model.
     }
 
 
+def find_original_config(checkpoint: str | os.PathLike, **hub_kwargs) -> dict[str, Any] | None:
+    """`config.json` of a folder or Hub repository if the original code wrote it, else `None`."""
+    path = cached_file(str(checkpoint), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    config_dict = _read_json(path) if path is not None else {}
+    return config_dict if is_original_config(config_dict) else None
+
+
 def load_original_tokenizer(checkpoint: str, config_dict: dict[str, Any], **kwargs) -> PreTrainedTokenizerBase:
     """
     The tokenizer of an original checkpoint, with the three placeholder tokens added behind its vocabulary.
@@ -242,10 +250,8 @@ def load_original_tokenizer(checkpoint: str, config_dict: dict[str, Any], **kwar
     """
     # Without `config` the tokenizer would ask AutoConfig, which asks this function.
     config = CONFIG_MAPPING[ORIGINAL_MODEL_TYPES[config_dict["model_type"]]]()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, config=config, **kwargs)
+    tokenizer = load_tokenizer(checkpoint, config=config, **kwargs)
     add_placeholder_tokens(tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
@@ -333,6 +339,7 @@ __all__ = [
     "VIDEO_LLAVA_KEY_MAPPING",
     "add_placeholder_tokens",
     "convert_original_config",
+    "find_original_config",
     "infer_audio_config",
     "is_original_config",
     "load_original_image_processor_config",

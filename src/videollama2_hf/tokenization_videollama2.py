@@ -30,6 +30,10 @@ _BPE_MODEL_TYPE = 2
 _SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
+# Arguments of `from_pretrained` that say where files come from.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
 class _SentencePieceModel(NamedTuple):
     pieces: list[tuple[str, float, int]]  # text, score, type
     trainer: dict[int, Any]  # fields of TrainerSpec and NormalizerSpec by their number
@@ -221,18 +225,18 @@ def load_tokenizer(checkpoint: str | os.PathLike, **kwargs) -> PreTrainedTokeniz
         checkpoint: Folder or name of a repository.
         **kwargs: Arguments of `AutoTokenizer.from_pretrained`.
     """
-    hub_names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-    hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
+    hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
     def find(name: str) -> str | None:
         return cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
     if find("tokenizer.json") is not None:
-        return PreTrainedTokenizerFast.from_pretrained(checkpoint, **kwargs)
+        settings = {name: value for name, value in kwargs.items() if name != "config"}
+        return PreTrainedTokenizerFast.from_pretrained(checkpoint, **settings)
     model = find("tokenizer.model")
     if model is None:
         return AutoTokenizer.from_pretrained(checkpoint, **kwargs)
-    settings = {name: value for name, value in kwargs.items() if name not in (*hub_names, "config", "use_fast")}
+    settings = {name: value for name, value in kwargs.items() if name not in (*HUB_ARGUMENTS, "config", "use_fast")}
     return _load_sentencepiece_tokenizer(model, {name: find(name) for name in _SETTING_FILES}, **settings)
 
 
