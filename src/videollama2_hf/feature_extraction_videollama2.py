@@ -141,7 +141,10 @@ class VideoLlama2FeatureExtractor(SequenceFeatureExtractor):
                 f"{self.sampling_rate} Hz. Pass it: a wrong rate cannot be noticed here."
             )
             sampling_rate = self.sampling_rate
-        rates = list(sampling_rate) if isinstance(sampling_rate, Sequence) else [sampling_rate] * len(waveforms)
+        if isinstance(sampling_rate, (Sequence, np.ndarray)):
+            rates = [int(rate) for rate in sampling_rate]
+        else:
+            rates = [int(sampling_rate)] * len(waveforms)
         if len(rates) != len(waveforms):
             raise ValueError(f"Got {len(rates)} sampling rates for {len(waveforms)} waveforms; pass one for each.")
         features = [
@@ -193,7 +196,7 @@ class VideoLlama2FeatureExtractor(SequenceFeatureExtractor):
         """
         if self._mode(audio_mode) == "full":
             return self.load_video_audio(source, start, end, audio_mode), self.sampling_rate
-        return read_audio_file(source, start, (start or 0) + self.chunk_length if end is None else end)
+        return read_audio_file(source, start, max(start or 0, 0) + self.chunk_length if end is None else end)
 
     def silent_waveform(self) -> np.ndarray:
         """The silence that the original hears in a video without sound: all its clips, `float32` (samples,) of 0."""
@@ -262,9 +265,12 @@ def _check_mode(audio_mode: AudioMode) -> AudioMode:
 
 def _as_waveforms(raw_speech: Any) -> list[np.ndarray]:
     """One waveform or several as a list of `float32` or `float64` arrays (samples,) or (channels, samples)."""
-    is_single = np.ndim(raw_speech[0]) == 0 if isinstance(raw_speech, (list, tuple)) and raw_speech else False
     if not isinstance(raw_speech, (list, tuple)):
         is_single = raw_speech.ndim < 3
+    elif len(raw_speech) > 0:
+        is_single = np.ndim(raw_speech[0]) == 0
+    else:
+        raise ValueError("`raw_speech` is empty; pass at least one waveform.")
     waveforms = []
     for waveform in [raw_speech] if is_single else raw_speech:
         waveform = waveform.detach().cpu().numpy() if isinstance(waveform, torch.Tensor) else np.asarray(waveform)

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 
 if TYPE_CHECKING:
     import av
+
+logger = logging.get_logger(__name__)
 
 # Codecs whose every packet becomes one frame, so that packets can be counted in place of frames. Others have packets
 # without a frame (the hidden frames of VP8, the placeholders of MPEG-4 in AVI) and are counted by decoding.
@@ -90,9 +93,13 @@ def demux_packets(
 
 def decode_packet(stream: "av.VideoStream", packet: "av.Packet | None") -> list["av.VideoFrame"]:
     """Decode one packet, or what the decoder holds back (`None`). Damaged packets are passed over, as players do."""
-    with suppress(import_av().error.FFmpegError):
+    try:
         return stream.codec_context.decode(packet)
-    return []
+    except import_av().error.FFmpegError as error:
+        logger.warning_once(
+            f"The video {stream.container.name} is damaged ({error}); frames that depend on what is lost show errors."
+        )
+        return []
 
 
 def decode_all(container: "av.container.InputContainer", stream: "av.VideoStream") -> Iterator["av.VideoFrame"]:
