@@ -1,10 +1,15 @@
 """The whole model against recordings of the original: features, logits, loss and greedy tokens."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from transformers import AutoModelForMultimodalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForMultimodalLM
 
 from golden_utils import Recording
+from videollama2_hf.checkpoint_videollama2 import infer_audio_config, read_tensor_shapes
 
 
 JOBS = [
@@ -94,3 +99,101 @@ def test_features(models, job):
         torch.testing.assert_close(features.reshape(expected.shape), expected, atol=2e-5, rtol=1e-5)
         checked += 1
     assert checked >= 2
+
+
+MM_INFER = [
+    (job, case)
+    for job, recording in RECORDINGS.items()
+    for case, content in recording.manifest["cases"].items()
+    if content.get("kind") == "mm_infer"
+]
+
+
+@pytest.mark.parametrize(("job", "case"), MM_INFER)
+def test_answers_of_mm_infer(models, job, case):
+    """
+    The original's own inference function: greedy, but with the checkpoint's repetition penalty, which counts what was
+    generated and not the prompt.
+    """
+    recording, model = RECORDINGS[job], models[job]
+    content = recording.manifest["cases"][case]
+    va = "{video:video_a,audio:audio_0}" if case == "mm_infer_va" else "video_a"
+    medium = {"video": va, "image": "image", "audio": "audio_1"}.get(content["modal"])
+    recording.inputs[f"{case}.input_ids"] = torch.tensor([content["input_ids"]])
+    content["images"] = [[medium, content["modal"]]] if medium else None
+    inputs = recording.model_inputs(case, model.config)
+    generated = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert generated[0, inputs["input_ids"].shape[1] :].tolist() == content["output_ids"]
+
+
+def test_image_on_a_model_that_hears(models):
+    """The original sends it to BEATs and crashes (fault 1); its recording was made with the audio tower taken out."""
+    job, case = "qwen2_siglip_beats_av", "image_with_audio_tower_removed"
+    recording, model = RECORDINGS[job], models[job]
+    recording.manifest["cases"][case] = {"images": [["image", "image"]]}
+    inputs = recording.model_inputs(case, model.config)
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"]).pooler_output
+        logits = model(**inputs).logits
+    torch.testing.assert_close(features, recording.outputs[f"{case}.connector"], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, recording.outputs[f"{case}.logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_original_checkpoint_in_pickle_files_loads_too(tmp_path, shards):
+    """`pytorch_model.bin`, in one file or in shards, as older releases have it."""
+    folder = RECORDINGS["mistral_clip_stc_8f"].folder / "checkpoint"
+    for path in folder.iterdir():
+        if not path.name.startswith("model"):
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    weights = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        weights |= load_file(path)
+    names = (
+        [f"pytorch_model-{i + 1:05}-of-{shards:05}.bin" for i in range(shards)]
+        if shards > 1
+        else ["pytorch_model.bin"]
+    )
+    where = {key: names[i % shards] for i, key in enumerate(weights)}
+    for name in names:
+        torch.save({key: weights[key] for key in weights if where[key] == name}, tmp_path / name)
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": where}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    loaded, info = AutoModelForMultimodalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    expected = AutoModelForMultimodalLM.from_pretrained(folder)
+    for (name, value), (_, other) in zip(loaded.state_dict().items(), expected.state_dict().items()):
+        assert torch.equal(value, other), name
+
+
+def test_audio_tower_sizes_are_read_from_pickle_files_too(tmp_path):
+    folder = RECORDINGS["qwen2_siglip_beats_av"].folder / "checkpoint"
+    weights = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        weights |= load_file(path)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    assert infer_audio_config(read_tensor_shapes(str(tmp_path))) == infer_audio_config(read_tensor_shapes(str(folder)))
+
+
+def test_checkpoint_without_its_towers_files_names_what_is_missing(tmp_path):
+    folder = RECORDINGS["mistral_clip_stc_8f"].folder / "checkpoint"
+    config = json.loads((folder / "config.json").read_text())
+    config["mm_vision_tower"] = str(tmp_path / "nowhere" / "clip-tiny")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OSError, match="nowhere/clip-tiny.*found neither under"):
+        AutoModelForMultimodalLM.from_pretrained(tmp_path)
+    config["mm_vision_tower"] = "dinov2"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="'dinov2'.*'clip' or 'siglip'"):
+        AutoModelForMultimodalLM.from_pretrained(tmp_path)
+
+
+def test_released_towers_need_no_download(tmp_path, monkeypatch):
+    """The towers that the released checkpoints name are known by their numbers."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = json.loads((RECORDINGS["mistral_clip_stc_8f"].folder / "checkpoint" / "config.json").read_text())
+    for tower, tokens in (("openai/clip-vit-large-patch14-336", 845), ("google/siglip-so400m-patch14-384", 980)):
+        config["mm_vision_tower"] = tower
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert AutoConfig.from_pretrained(tmp_path).num_visual_tokens("video", 8) == tokens
