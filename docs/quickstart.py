@@ -50,7 +50,7 @@ def main() -> None:
     print(f"question  {args.question}")
 
     with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=24 if args.model == str(TINY) else 256)
+        output = model.generate(**inputs, max_new_tokens=24 if args.model == str(TINY) else 256, do_sample=False)
     print(f"answer    {processor.decode(output[0, len(ids) :], skip_special_tokens=True)!r}")
     if args.model == str(TINY):
         print(

@@ -316,12 +316,14 @@ def convert_original_config(config_dict: dict[str, Any], checkpoint: str) -> dic
     return converted
 
 
-def load_original_image_processor_config(config_dict: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+def load_original_image_processor_config(config_dict: dict[str, Any], checkpoint: str) -> dict[str, Any] | None:
     """
     `preprocessor_config.json` of the vision tower that an original checkpoint names (not of the checkpoint, which the
-    original does not read).
+    original does not read). `None` for LanguageBind's towers, whose preprocessing is code.
     """
-    tower = config_dict.get("mm_vision_tower") or config_dict["mm_image_tower"]
+    tower = config_dict.get("mm_vision_tower")
+    if tower is None or _tower_kind(tower) == "languagebind":
+        return None
     if tower in _KNOWN_TOWERS:
         return _KNOWN_TOWERS[tower][1]
     path = _find_file(checkpoint, tower, "preprocessor_config.json")
