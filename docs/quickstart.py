@@ -54,7 +54,7 @@ def main() -> None:
     print(f"answer    {processor.decode(output[0, len(ids) :], skip_special_tokens=True)!r}")
     if args.model == str(TINY):
         print(
-            "\nThe weights are tiny and untrained, so the answer means nothing; everything before it is the real thing.\n"
+            "\nThe weights are tiny and untrained, so the answer means nothing; everything before it is real.\n"
             "For a real answer: --model DAMO-NLP-SG/VideoLLaMA2.1-7B-AV (needs about 20 GB of memory)."
         )
 

@@ -440,6 +440,16 @@ def test_sound_runs_without_flash_attention():
     assert VideoLlama2Model(config).audio_tower.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("forgotten", ["pixel_values", "pixel_values_videos", "input_features", None])
+def test_generate_refuses_prompts_without_their_media(model, forgotten):
+    batch = collate([row("image t video audio t", model.config)])
+    names = [forgotten] if forgotten else ["pixel_values", "pixel_values_videos", "input_features"]
+    for name in names:
+        del batch[name]
+    with pytest.raises(ValueError, match=f"but no .* was given: pass `{names[0]}`"):
+        model.generate(**batch, max_new_tokens=2)
+
+
 def test_deaf_model_refuses_sound():
     model = make_model(hears=False)
     with pytest.raises(ValueError, match="no audio tower"):

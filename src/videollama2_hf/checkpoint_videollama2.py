@@ -117,6 +117,10 @@ BASE_MODEL_WEIGHT_RENAMINGS = [
     *(WeightRenaming(rf"^{name}\.", f"language_model.{name}.") for name in LANGUAGE_MODEL_KEYS),
     WeightRenaming(r"^vision_tower\.vision_tower\.", "vision_tower."),
 ]
+# BEATs, wherever it stands in a model; see `VideoLlama2AudioPositionalConv`.
+AUDIO_WEIGHT_RENAMINGS = [
+    WeightRenaming(rf"encoder\.pos_conv\.0\.weight_{name}", f"encoder.pos_conv.0.{name}") for name in ("g", "v")
+]
 # Video-LLaVA's two towers; for `from_pretrained(..., key_mapping=VIDEO_LLAVA_KEY_MAPPING)`.
 VIDEO_LLAVA_KEY_MAPPING = {
     r"^model\.image_tower\.image_tower\.": "model.vision_tower.",

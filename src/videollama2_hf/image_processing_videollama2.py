@@ -282,20 +282,25 @@ def load_image(source: MediaSource) -> PIL.Image.Image:
 
     Raises:
         FileNotFoundError: There is no such file.
-        MediaError: The download fails, or the data is not an image that Pillow can read.
+        MediaError: The download fails, or the data is not an image that Pillow can read, or it is cut off.
         TypeError: The source is of another type.
     """
     media = fetch_media(source)
-    name = repr(media if len(media) <= 80 else media[:80] + "...") if isinstance(media, str) else "The data"
+    name = repr(media if len(media) <= 300 else media[:300] + "...") if isinstance(media, str) else "The data"
     if isinstance(media, str) and not os.path.exists(media):
         try:
             media = base64.b64decode(media, validate=True)
         except ValueError:
             raise FileNotFoundError(f"There is no image file {name}, and it is not base64 either.") from None
     try:
-        return PIL.ImageOps.exif_transpose(PIL.Image.open(BytesIO(media) if isinstance(media, bytes) else media))
+        image = PIL.Image.open(BytesIO(media) if isinstance(media, bytes) else media)
     except (PIL.UnidentifiedImageError, IsADirectoryError) as error:
         raise MediaError(f"{name} is not an image that Pillow can read.") from error
+    try:
+        image.load()  # not later, where the name is not known
+    except (OSError, SyntaxError) as error:
+        raise MediaError(f"{name} is cut off or damaged: {error}.") from error
+    return PIL.ImageOps.exif_transpose(image)
 
 
 @auto_docstring(

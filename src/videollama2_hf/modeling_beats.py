@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
@@ -21,6 +22,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .checkpoint_videollama2 import AUDIO_WEIGHT_RENAMINGS
 from .configuration_videollama2 import VideoLlama2AudioConfig
 
 
@@ -79,9 +81,10 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int, 
 
 class VideoLlama2AudioPositionalConv(nn.Module):
     """
-    Convolution over time that encodes positions, its weight normalised for every kernel tap.
+    Convolution over time that encodes positions, its weight `g * v / |v|` for every kernel tap (weight normalisation).
 
-    Not torch's `weight_norm`: the original adds 1e-6 under the root, which changes small taps.
+    Not torch's `weight_norm`: the original adds 1e-6 under the root, which changes small taps. Checkpoints call the
+    two factors `weight_g` and `weight_v`, names that transformers takes for its own and renames.
     """
 
     def __init__(self, config: VideoLlama2AudioConfig):
@@ -89,15 +92,15 @@ class VideoLlama2AudioPositionalConv(nn.Module):
         self.groups = config.conv_pos_groups
         self.padding = config.conv_pos // 2
         size = (config.hidden_size, config.hidden_size // config.conv_pos_groups, config.conv_pos)
-        self.weight_g = nn.Parameter(torch.empty(1, 1, config.conv_pos))
-        self.weight_v = nn.Parameter(torch.empty(size))
+        self.g = nn.Parameter(torch.empty(1, 1, config.conv_pos))
+        self.v = nn.Parameter(torch.empty(size))
         self.bias = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(clips, tokens, width) -> the same"""
-        weight = self.weight_v.float()
+        weight = self.v.float()
         weight = weight * torch.rsqrt(weight.square().sum(dim=(0, 1), keepdim=True) + 1e-6)
-        weight = (self.weight_g.float() * weight).to(hidden_states.dtype)
+        weight = (self.g.float() * weight).to(hidden_states.dtype)
         length = hidden_states.shape[1]
         positions = nn.functional.conv1d(
             hidden_states.transpose(1, 2), weight, self.bias, padding=self.padding, groups=self.groups
@@ -288,10 +291,9 @@ class VideoLlama2AudioModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, VideoLlama2AudioPositionalConv):
             std = (4 / (self.config.conv_pos * self.config.hidden_size)) ** 0.5
-            init.normal_(module.weight_v, mean=0.0, std=std)
-            # The norm of a tap of `weight_v`, so that the weight starts as `weight_v`.
-            taps = module.weight_v.shape[0] * module.weight_v.shape[1]
-            init.constant_(module.weight_g, std * taps**0.5)
+            init.normal_(module.v, mean=0.0, std=std)
+            # The norm of a tap of `v`, so that the weight starts as `v`.
+            init.constant_(module.g, std * (module.v.shape[0] * module.v.shape[1]) ** 0.5)
             init.zeros_(module.bias)
         elif isinstance(module, VideoLlama2AudioAttention) and self.config.gru_rel_pos:
             init.ones_(module.grep_a)
@@ -342,6 +344,7 @@ class VideoLlama2AudioModel(PreTrainedModel):
         return self.encoder(hidden_states, token_mask, **kwargs)
 
 
+register_checkpoint_conversion_mapping("VideoLlama2AudioModel", AUDIO_WEIGHT_RENAMINGS, overwrite=True)
 AutoModel.register(VideoLlama2AudioConfig, VideoLlama2AudioModel, exist_ok=True)
 
 __all__ = ["VideoLlama2AudioModel"]

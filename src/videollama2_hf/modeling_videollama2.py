@@ -142,6 +142,13 @@ def _lengths(features: torch.Tensor | Sequence[torch.Tensor]) -> list[int]:
     return [len(item) for item in features]
 
 
+def _missing_media(modality: str) -> str:
+    return (
+        f"`input_ids` contain {modality} placeholders, but no {modality} was given: pass `{MODEL_INPUTS[modality]}` "
+        f"or the encoded {modality} in `mm_encoder_outputs`."
+    )
+
+
 def _build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
     # By name, not by class: code that was loaded from a folder exists once per entry file, so the Auto classes may
     # know another copy of our configuration class.
@@ -414,7 +421,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self._embed_text(input_ids)  # type: ignore[arg-type]  # one of the two is there
         flat_features = {}
-        if inputs_embeds.shape[1] > 1 or encoded:  # a step of the decoding loop has no placeholders
+        if encoded:
             masks = self.get_placeholder_masks(input_ids, inputs_embeds)
             for modality in MODALITIES:
                 if encoded.get(modality) is not None:
@@ -422,11 +429,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
                         modality, encoded[modality].pooler_output, masks.get(modality), inputs_embeds
                     )
                 elif modality in masks:
-                    torch_compilable_check(
-                        ~masks[modality].any(),
-                        f"`input_ids` contain {modality} placeholders, but no {modality} was given: pass "
-                        f"`{MODEL_INPUTS[modality]}`, or the encoded {modality} in `mm_encoder_outputs`.",
-                    )
+                    torch_compilable_check(~masks[modality].any(), _missing_media(modality))
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -602,6 +605,21 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
                 raise ValueError(f"Pass either `{name}` or encoded media, `mm_encoder_outputs[{modality!r}]`.")
         model_kwargs["mm_encoder_outputs"] = given | self.encode_media(**raw)
         return model_kwargs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
+        # A prompt whose media were forgotten would be answered all the same. What is in a cache already has its media.
+        cache = model_kwargs.get("past_key_values")
+        if input_ids is not None and (cache is None or cache.get_seq_length() == 0):
+            for modality, mask in self.model.get_placeholder_masks(input_ids).items():
+                if (model_kwargs.get("mm_encoder_outputs") or {}).get(modality) is None and mask.any():
+                    raise ValueError(_missing_media(modality))
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _expand_multimodal_outputs(
         self,
