@@ -137,6 +137,14 @@ def test_without_a_chat(any_to_any, ask, inputs):
     assert torch.equal(result["generated_token_ids"], output)
 
 
+def test_several_prompts_without_a_chat(pipe, ask):
+    """A processor cannot know that a prompt is to be continued; a chat says so, here `padding_side` does."""
+    prompts = ["<image>\nWhat is it?", "<image>\nWhere was this picture taken, and what is in the background?"]
+    inputs = {"images": [IMAGE, IMAGE], "text": prompts, "processor_kwargs": {"padding_side": "left"}}
+    results = pipe(**inputs, generate_kwargs=dict(GREEDY), return_full_text=False)
+    assert [result["generated_text"] for result in results] == [ask(images=IMAGE, text=text)[1] for text in prompts]
+
+
 def test_serve(answers):
     """`transformers serve` without its server: the model type says how to load, OpenAI messages carry the media."""
     assert AutoConfig.from_pretrained(CHECKPOINT).model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
