@@ -293,3 +293,27 @@ def test_saving(tmp_path):
     assert (loaded.chunk_length, loaded.audio_mode, loaded.num_clips, loaded.clip_duration) == (10, "full", 4, 1.5)
     assert loaded(np.zeros(1600), sampling_rate=RATE)["input_features"].shape == (1, 998, 128)
     assert loaded.model_input_names == ["input_features", "input_features_mask"]
+
+
+def test_odd_but_valid_waveforms_and_rates():
+    wave = np.sin(np.arange(16000) / 10).astype(np.float32)
+    extractor = VideoLlama2FeatureExtractor(chunk_length=2)
+    expected = extractor(wave, 16000)["input_features"]
+    half = extractor(torch.tensor(wave).bfloat16(), 16000)["input_features"]
+    assert np.array_equal(half, extractor(torch.tensor(wave).bfloat16().float(), 16000)["input_features"])
+    pair = extractor([wave, wave], torch.tensor([16000, 8000]))["input_features"]
+    assert np.array_equal(pair[:1], expected) and not np.array_equal(pair[1:], expected)
+    assert VideoLlama2FeatureExtractor(chunk_length=1.5)(wave, 16000)["input_features"].shape == (1, 148, 128)
+
+
+@pytest.mark.parametrize(
+    ("raw_speech", "message"),
+    [
+        (np.zeros((0, 100), np.float32), r"got \(0, 100\)"),
+        (1.0, r"got \(\)"),
+        (np.full(100, np.nan, np.float32), "NaN or Inf"),
+    ],
+)
+def test_what_is_no_waveform_is_refused(raw_speech, message):
+    with pytest.raises(ValueError, match=message):
+        VideoLlama2FeatureExtractor()(raw_speech, 16000)

@@ -893,3 +893,11 @@ def test_a_slow_tokenizer(hearing):
         encode(processor, [user(block("image"), "a <video> tag")])
     with pytest.raises(ValueError, match="needs a fast tokenizer"):
         encode(processor, [user("Hi"), {"role": "assistant", "content": "Yes"}], return_assistant_tokens_mask=True)
+
+
+def test_prompts_outside_of_chats_are_padded_for_generation():
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(GOLDENS / "qwen2_siglip_beats_av" / "checkpoint")
+    inputs = processor(text=["What?", "Who is in this picture?"], return_tensors="pt")
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1] and inputs["attention_mask"][0, 0] == 0

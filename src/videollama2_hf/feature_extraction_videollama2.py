@@ -141,10 +141,9 @@ class VideoLlama2FeatureExtractor(SequenceFeatureExtractor):
                 f"{self.sampling_rate} Hz. Pass it: a wrong rate cannot be noticed here."
             )
             sampling_rate = self.sampling_rate
-        if isinstance(sampling_rate, (Sequence, np.ndarray)):
-            rates = [int(rate) for rate in sampling_rate]
-        else:
-            rates = [int(sampling_rate)] * len(waveforms)
+        rates = [int(rate) for rate in np.atleast_1d(sampling_rate)]
+        if np.ndim(sampling_rate) == 0:
+            rates *= len(waveforms)
         if len(rates) != len(waveforms):
             raise ValueError(f"Got {len(rates)} sampling rates for {len(waveforms)} waveforms; pass one for each.")
         features = [
@@ -227,7 +226,7 @@ class VideoLlama2FeatureExtractor(SequenceFeatureExtractor):
         if rate <= 0:
             raise ValueError(f"The sampling rate must be positive (in Hz), got {rate}.")
         waveform = waveform if waveform.ndim == 1 else waveform[0]
-        size = self.chunk_length * rate
+        size = round(self.chunk_length * rate)
         if self._mode(audio_mode) == "full":
             windows = full_clip_windows(len(waveform), rate, self.num_clips, self.chunk_length)
             waveform = np.concatenate([waveform[first:last] for first, last in windows])
@@ -243,7 +242,7 @@ class VideoLlama2FeatureExtractor(SequenceFeatureExtractor):
         """Log-mel filter banks of a window: `float32` (time, mel bins), computed in the dtype of the waveform."""
         try:
             from torchaudio.compliance import kaldi
-        except (ImportError, OSError) as error:  # OSError: built for another torch
+        except (ImportError, OSError, RuntimeError) as error:  # the latter two: built for another torch
             raise ImportError(
                 f"{type(self).__name__} needs a torchaudio that fits the installed torch: `pip install torchaudio`."
             ) from error
@@ -266,23 +265,30 @@ def _check_mode(audio_mode: AudioMode) -> AudioMode:
 def _as_waveforms(raw_speech: Any) -> list[np.ndarray]:
     """One waveform or several as a list of `float32` or `float64` arrays (samples,) or (channels, samples)."""
     if not isinstance(raw_speech, (list, tuple)):
-        is_single = raw_speech.ndim < 3
+        is_single = np.ndim(raw_speech) < 3
     elif len(raw_speech) > 0:
         is_single = np.ndim(raw_speech[0]) == 0
     else:
         raise ValueError("`raw_speech` is empty; pass at least one waveform.")
     waveforms = []
     for waveform in [raw_speech] if is_single else raw_speech:
-        waveform = waveform.detach().cpu().numpy() if isinstance(waveform, torch.Tensor) else np.asarray(waveform)
+        if isinstance(waveform, torch.Tensor):
+            waveform = waveform.detach().cpu()
+            waveform = (waveform.float() if waveform.dtype == torch.bfloat16 else waveform).numpy()
+        waveform = np.asarray(waveform)
         if waveform.dtype.kind != "f" and waveform.size > 0:
             raise ValueError(
                 f"Waveforms must be floating point in [-1, 1), got {waveform.dtype}; divide 16-bit samples by 32768."
             )
-        if waveform.ndim not in (1, 2) or (waveform.ndim == 2 and waveform.shape[0] > max(waveform.shape[1], 32)):
+        if waveform.ndim not in (1, 2) or (
+            waveform.ndim == 2 and not 1 <= waveform.shape[0] <= max(waveform.shape[1], 32)
+        ):
             raise ValueError(
                 f"Waveforms must have the shape (samples,) or (channels, samples), got {waveform.shape}; transpose "
                 "arrays with the channels last."
             )
+        if not np.isfinite(waveform).all():
+            raise ValueError("A waveform contains NaN or Inf; samples must be finite, in [-1, 1).")
         waveforms.append(waveform if waveform.dtype == np.float64 else waveform.astype(np.float32))
     return waveforms
 

@@ -182,6 +182,7 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
             ValueError: The placeholder ids of the configuration are not the tokenizer's.
         """
         arguments = get_processor_arguments(config, tokenizer, vision_preprocessor)
+        tokenizer.padding_side = "left"  # prompts are there to be continued; see `apply_chat_template` for training
         return cls(tokenizer=tokenizer, **{**arguments, **kwargs})
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
