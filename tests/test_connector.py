@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
 from videollama2_hf.configuration_videollama2 import (
+    VideoLlama2AudioConfig,
     VideoLlama2Config,
     get_connector_output_size,
     get_num_visual_tokens,
@@ -67,7 +68,9 @@ def test_output_equals_original(name, grid, tensors):
     frames, side, _ = (int(n) for n in grid.split("x"))
     with torch.no_grad():
         tokens = connector(inputs[f"x.{in_features}.{frames}x{side}"].float())
-    torch.testing.assert_close(tokens, outputs[f"{name}.y.{frames}x{side}"], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        tokens, outputs[f"{name}.y.{frames}x{side}"], atol=1e-5, rtol=1e-5
+    )  # 7e-6 on one thread
     assert tokens.shape[1] == get_num_visual_tokens(connector_type, frames, side, side)
 
 
@@ -112,6 +115,21 @@ def test_depth_and_readout_are_configurable():
 def test_what_cannot_run_is_refused_with_a_sentence(kwargs, message):
     with pytest.raises(StrictDataclassError, match=message):
         make_config(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"layerdrop": 3}, "layerdrop is a probability"),
+        ({"hidden_act": "foo"}, "'foo'"),
+        ({"num_attention_heads": 7}, "multiple of num_attention_heads"),
+        ({"conv_pos_groups": 7}, "multiple of conv_pos_groups"),
+        ({"num_mel_bins": 100}, "multiple of patch_size"),
+    ],
+)
+def test_audio_towers_that_cannot_run_are_refused(kwargs, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        VideoLlama2AudioConfig(**kwargs)
 
 
 def test_unknown_type_names_the_allowed_ones():

@@ -268,6 +268,12 @@ def test_decode_step_compiles_to_one_graph(model):
     torch.testing.assert_close(outputs.logits[:, -1], expected, atol=1e-4, rtol=1e-4)
 
 
+def test_beams_with_media_that_the_prompt_has_no_place_for(model):
+    batch = collate([row("t", model.config)])
+    with pytest.raises(ValueError, match="0 placeholders, 8 features"):
+        model.generate(**batch, pixel_values=torch.zeros(1, 3, 28, 28), num_beams=2, max_new_tokens=2)
+
+
 def test_placeholders_are_never_generated():
     model = make_model()
     with torch.no_grad():  # a head that loves the image placeholder (119), the only one inside the vocabulary
@@ -346,8 +352,10 @@ def test_broken_logits_are_an_error_that_names_the_cause(value):
     with torch.no_grad():
         model.lm_head.weight[7, :] = value
     batch = collate([row("image t", model.config)])
-    with pytest.raises(FloatingPointError, match="float16.*bfloat16"):
+    with pytest.raises(FloatingPointError, match="float32, so look for NaN or Inf in its weights"):
         model.generate(**batch, max_new_tokens=2, do_sample=False)
+    with pytest.raises(FloatingPointError, match="float16.*bfloat16"):
+        model.half().generate(**batch, max_new_tokens=2, do_sample=False)
     model.generate(**batch, max_new_tokens=2, do_sample=False, remove_invalid_values=True)
 
 
@@ -406,6 +414,75 @@ def test_router_loss_of_mixtral_is_added_when_asked_for():
     balanced = model(**text, labels=text["input_ids"], output_router_logits=True)
     torch.testing.assert_close(balanced.loss, expected.loss)
     assert balanced.loss > plain and len(balanced.router_logits) == 2
+
+
+def test_labels_made_of_the_ids_do_not_train_placeholders(model):
+    batch = collate([row("image t video audio t", model.config)])
+    masked = batch["input_ids"].masked_fill(batch["input_ids"] >= 119, -100)
+    expected = model(**batch, labels=masked).loss
+    torch.testing.assert_close(model(**batch, labels=batch["input_ids"]).loss, expected)
+
+
+def test_loss_over_accumulated_batches_is_normalised_by_all_their_tokens(model):
+    """What Trainer asks for with `num_items_in_batch`."""
+    batch = collate([row("image t t t", model.config), row("t t", model.config)], "right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    whole = model(**batch, labels=labels).loss
+    items = int(((labels != -100) & (labels != model.config.image_token_id))[:, 1:].sum())
+    parts = []
+    for spec in ("image t t t", "t t"):
+        one = collate([row(spec, model.config)])
+        parts.append(model(**one, labels=one["input_ids"], num_items_in_batch=items).loss)
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_encode_media_keeps_no_graph(model):
+    batch = collate([row("image t video audio t", model.config)])
+    for outputs in model.encode_media(**batch).values():
+        assert not outputs.pooler_output.requires_grad
+
+
+def test_projector_in_another_dtype_than_the_tower():
+    model = make_model().to(torch.bfloat16)
+    model.model.mm_projector.float()
+    assert torch.isfinite(model(**collate([row("image t", model.config)])).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        ("get_image_features", torch.zeros(3, 28, 28), r"\(images, 3, height, width\), got \(3, 28, 28\)"),
+        ("get_video_features", torch.zeros(4, 3, 28, 28), r"\(videos, frames, 3, height, width\), got"),
+        ("get_video_features", [torch.zeros(1, 4, 3, 28, 28)], r"\(frames, 3, height, width\), got"),
+        ("get_audio_features", torch.zeros(32, 128), r"\(clips, time, mel bins\), got \(32, 128\)"),
+    ],
+)
+def test_wrong_shapes_are_named(model, method, values, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(model, method)(values)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"vision": "dinov2"}, "vision_config must be of model_type clip_vision_model, .*'dinov2'"),
+        ({"text_config": {"model_type": "t5"}}, "decoder-only language model, got 't5'"),
+    ],
+)
+def test_parts_that_cannot_work_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**kwargs)
+
+
+def test_head_checkpoint_loads_into_the_base_model_and_back(tmp_path, model):
+    model.save_pretrained(tmp_path / "head")
+    base, info = VideoLlama2Model.from_pretrained(tmp_path / "head", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, value in base.state_dict().items():
+        assert torch.equal(value, model.model.state_dict()[name]), name
+    base.save_pretrained(tmp_path / "base")
+    _, info = VideoLlama2ForConditionalGeneration.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"} and not info["unexpected_keys"]
 
 
 def test_logits_to_keep(model):
@@ -499,8 +576,9 @@ def test_save_and_load_keep_the_original_keys(tmp_path, family):
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         keys = set(file.keys())
-    assert "model.embed_tokens.weight" in keys and "model.mm_projector.s1.b1.conv1.conv.weight" in keys
-    assert any(key.startswith("model.vision_tower.vision_tower.") for key in keys)
+    assert "model.vision_tower.vision_tower.embeddings.patch_embedding.weight" in keys
+    assert "model.audio_tower.encoder.pos_conv.0.weight_g" in keys
+    assert not any("language_model" in key for key in keys)
     loaded, info = VideoLlama2ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for (name, value), (_, other) in zip(model.state_dict().items(), loaded.state_dict().items()):

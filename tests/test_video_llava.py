@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForMultimodalLM
 
 from videollama2_hf import VideoLlama2Config, VideoLlama2ForConditionalGeneration
-from videollama2_hf.checkpoint_videollama2 import VIDEO_LLAVA_KEY_MAPPING
 
 
 GOLDENS = Path(__file__).parent / "goldens" / "video_llava"
@@ -20,7 +20,7 @@ RECORDED = load_file(GOLDENS / "goldens.safetensors")
 @pytest.fixture(scope="module")
 def model():
     model, info = VideoLlama2ForConditionalGeneration.from_pretrained(
-        CHECKPOINT, key_mapping=VIDEO_LLAVA_KEY_MAPPING, dtype=torch.float32, output_loading_info=True
+        CHECKPOINT, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     return model.eval()
@@ -85,6 +85,14 @@ def test_configuration_follows_the_original(model):
         connector_type="frame_mlp2x_gelu",
     )
     assert (released.num_visual_tokens("image"), released.num_visual_tokens("video")) == (256, 2056)
+
+
+def test_saved_model_loads_by_the_auto_classes(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForMultimodalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
 
 
 def test_features(model):

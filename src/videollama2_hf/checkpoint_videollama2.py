@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -107,21 +108,19 @@ _MULTIMODAL_KEYS = (
     "use_mm_proj",
 )
 
-# Original keys -> ours, and back when a model is saved (transformers reverses them).
-LANGUAGE_MODEL_KEYS = ("embed_tokens", "layers", "norm")
+# Original keys -> ours, and back when a model is saved (transformers reverses them), below `model.` or without it.
 WEIGHT_RENAMINGS = [
-    *(WeightRenaming(rf"^model\.{name}\.", f"model.language_model.{name}.") for name in LANGUAGE_MODEL_KEYS),
-    WeightRenaming(r"^model\.vision_tower\.vision_tower\.", "model.vision_tower."),
-]
-BASE_MODEL_WEIGHT_RENAMINGS = [
-    *(WeightRenaming(rf"^{name}\.", f"language_model.{name}.") for name in LANGUAGE_MODEL_KEYS),
-    WeightRenaming(r"^vision_tower\.vision_tower\.", "vision_tower."),
+    *(
+        WeightRenaming(rf"^(?:model\.|){name}\.", f"language_model.{name}.")
+        for name in ("embed_tokens", "layers", "norm")
+    ),
+    WeightRenaming(r"^(?:model\.|)vision_tower\.vision_tower\.", "vision_tower."),
 ]
 # BEATs, wherever it stands in a model; see `VideoLlama2AudioPositionalConv`.
 AUDIO_WEIGHT_RENAMINGS = [
     WeightRenaming(rf"encoder\.pos_conv\.0\.weight_{name}", f"encoder.pos_conv.0.{name}") for name in ("g", "v")
 ]
-# Video-LLaVA's two towers; for `from_pretrained(..., key_mapping=VIDEO_LLAVA_KEY_MAPPING)`.
+# Video-LLaVA's two towers. Not among the renamings, which hold for every model and also name the keys that are saved.
 VIDEO_LLAVA_KEY_MAPPING = {
     r"^model\.image_tower\.image_tower\.": "model.vision_tower.",
     r"^model\.video_tower\.video_tower\.": "model.video_tower.",
@@ -134,6 +133,19 @@ def is_original_config(config_dict: dict[str, Any]) -> bool:
     if model_type == "llava":
         return "mm_video_tower" in config_dict
     return model_type in ORIGINAL_MODEL_TYPES and "vision_config" not in config_dict
+
+
+def is_video_llava_checkpoint(
+    checkpoint: str | os.PathLike | None, config: PreTrainedConfig | None = None, **hub_kwargs
+) -> bool:
+    """Whether a checkpoint is Video-LLaVA's, as the original or as this package saves it."""
+    if config is not None:
+        return getattr(config, "video_config", None) is not None
+    path = checkpoint and cached_file(
+        str(checkpoint), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+    )
+    config_dict = _read_json(path) if path else {}
+    return bool(config_dict.get("mm_video_tower") or config_dict.get("video_config"))
 
 
 def _find_file(checkpoint: str, reference: str, filename: str) -> str | None:
@@ -348,6 +360,7 @@ __all__ = [
     "find_original_config",
     "infer_audio_config",
     "is_original_config",
+    "is_video_llava_checkpoint",
     "load_original_image_processor_config",
     "load_original_tokenizer",
     "read_tensor_shapes",

@@ -3,6 +3,7 @@
 from typing import Literal, get_args
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2CLS
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import (
@@ -25,6 +26,7 @@ ConnectorType = Literal[
     "frame_mlp2x_gelu",
 ]
 
+VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "languagebind_vision")
 VisualModality = Literal["image", "video"]
 
 # Per connector type with a 3D sampler: kernel (= stride) over (time, height, width), and zero padding.
@@ -136,6 +138,11 @@ class VideoLlama2AudioConfig(PreTrainedConfig):
     max_source_positions: int = 1496
 
     def validate_architecture(self):
+        for name in ("hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability, between 0 and 1; got {getattr(self, name)}.")
+        if self.hidden_act not in ACT2CLS:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACT2CLS)}; got {self.hidden_act!r}.")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
@@ -245,6 +252,16 @@ class VideoLlama2Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        for name in ("vision_config", "video_config"):
+            tower = getattr(self, name)
+            if tower is not None and tower.model_type not in VISION_MODEL_TYPES:
+                raise ValueError(
+                    f"{name} must be of model_type {', '.join(VISION_MODEL_TYPES)}, got {tower.model_type!r}."
+                )
+        if self.text_config.is_encoder_decoder:
+            raise ValueError(
+                f"text_config must be that of a decoder-only language model, got {self.text_config.model_type!r}."
+            )
         # Whether the head is tied is the language model's business; the attribute at the top is what transformers
         # reads.
         if self.text_config.tie_word_embeddings:

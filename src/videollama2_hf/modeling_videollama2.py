@@ -26,11 +26,16 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
 
-from .checkpoint_videollama2 import BASE_MODEL_WEIGHT_RENAMINGS, WEIGHT_RENAMINGS
+from .checkpoint_videollama2 import (
+    VIDEO_LLAVA_KEY_MAPPING,
+    WEIGHT_RENAMINGS,
+    is_video_llava_checkpoint,
+)
 from .configuration_videollama2 import VideoLlama2Config
 from .connector_videollama2 import build_audio_connector, build_connector
 from .modeling_beats import VideoLlama2AudioModel
 from .modeling_languagebind import LanguageBindVisionModel, check_whole_windows
+from .tokenization_videollama2 import HUB_ARGUMENTS
 
 
 _FOR_GENERATION = "modeling_videollama2.VideoLlama2ForConditionalGeneration"
@@ -123,6 +128,23 @@ class VideoLlama2PreTrainedModel(PreTrainedModel):
         r"\.position_ids$",
     ]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
+        """As for every model. Original checkpoints are understood, and Video-LLaVA's names of its towers."""
+        config = kwargs.get("config") if isinstance(kwargs.get("config"), PreTrainedConfig) else None
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        if is_video_llava_checkpoint(pretrained_model_name_or_path, config, **hub_kwargs):
+            kwargs["key_mapping"] = VIDEO_LLAVA_KEY_MAPPING | (kwargs.get("key_mapping") or {})
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers would save with these names too, and they would need a key mapping again.
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or []
+            if conversion._original_source_patterns[0] not in VIDEO_LLAVA_KEY_MAPPING
+        ] or None
+        return loaded
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """
         As for every model; the folder also gets the code (this file and its siblings), so that it loads by
@@ -140,6 +162,21 @@ class VideoLlama2PreTrainedModel(PreTrainedModel):
 def _lengths(features: torch.Tensor | Sequence[torch.Tensor]) -> list[int]:
     """Tokens of every medium in a `pooler_output`."""
     return [len(item) for item in features]
+
+
+def _check_shape(name: str, values: torch.Tensor, shape: str) -> None:
+    if not isinstance(values, torch.Tensor) or values.ndim != shape.count(",") + 1:
+        got = tuple(values.shape) if hasattr(values, "shape") else type(values).__name__
+        raise ValueError(f"`{name}` must be a tensor of shape ({shape}), got {got}.")
+
+
+def _mismatch(modality: str, num_placeholders: int, features: torch.Tensor | Sequence[torch.Tensor]) -> str:
+    lengths = _lengths(features)
+    return (
+        f"The {modality} placeholders in `input_ids` and the {modality} features do not match: {num_placeholders} "
+        f"placeholders, {sum(lengths)} features ({lengths} per {modality}). Use the processor that was saved with the "
+        "model, and leave out media that are in the cache already."
+    )
 
 
 def _missing_media(modality: str) -> str:
@@ -170,8 +207,11 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
     placeholders followed by its audio placeholders, one entry in `pixel_values_videos` and one in `input_features`.
     """
 
-    # The loss is normalised by the number of items of one batch, not of all accumulated ones.
-    accepts_loss_kwargs = False
+    # The head of a whole checkpoint.
+    _keys_to_ignore_on_load_unexpected = [
+        *VideoLlama2PreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^lm_head\.",
+    ]
 
     def __init__(self, config: VideoLlama2Config):
         super().__init__(config)
@@ -195,16 +235,17 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """
         (frames, 3, H, W) -> `last_hidden_state` (frames, patches, width): the selected layer's output, with or without
-        the class token as the configuration says. Layers behind the selected one do not run, unless their states are
-        asked for.
+        the class token as the configuration says.
+
+        The tower's own forward would run all layers and what is behind them. It is called only where their states or
+        attentions are asked for.
         """
         tower = self.video_tower if modality == "video" and self.video_tower is not None else self.vision_tower
         pixel_values = _to_device_of(tower, pixel_values).to(tower.dtype)
         layer = self.config.vision_feature_layer
-        all_states = kwargs.get("output_hidden_states", tower.config.output_hidden_states)
-        if all_states or kwargs.get("output_attentions", tower.config.output_attentions):
-            kwargs["output_hidden_states"] = all_states or layer
-            outputs = tower(pixel_values, return_dict=True, **kwargs)
+        wants_states = kwargs.pop("output_hidden_states", tower.config.output_hidden_states)
+        if wants_states or kwargs.get("output_attentions", tower.config.output_attentions):
+            outputs = tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
             hidden_states = outputs.hidden_states[layer]
         else:
             outputs = BaseModelOutputWithPooling()
@@ -221,6 +262,10 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
             last_hidden_state=hidden_states, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
+        # A connector that is trained may be in another dtype than the frozen tower.
+        return self.mm_projector(features.to(next(self.mm_projector.parameters()).dtype))
+
     @can_return_tuple
     @auto_docstring
     def get_image_features(
@@ -233,9 +278,10 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         Returns:
             `pooler_output`: (images, tokens, hidden_size). `last_hidden_state`: (images, patches, width), the tower's.
         """
+        _check_shape("pixel_values", pixel_values, "images, 3, height, width")
         outputs = self._encode_frames("image", pixel_values, **kwargs)
         features = outputs.last_hidden_state.unsqueeze(1)
-        outputs.pooler_output = self.mm_projector(features.expand(-1, self.config.image_num_frames, -1, -1))
+        outputs.pooler_output = self._project(features.expand(-1, self.config.image_num_frames, -1, -1))
         return outputs
 
     @can_return_tuple
@@ -251,6 +297,11 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
             `pooler_output`: (videos, tokens, hidden_size), or a list of (tokens, hidden_size) for a list.
             `last_hidden_state`: (frames of all videos, patches, width), the tower's.
         """
+        if isinstance(pixel_values_videos, torch.Tensor):
+            _check_shape("pixel_values_videos", pixel_values_videos, "videos, frames, 3, height, width")
+        else:
+            for video in pixel_values_videos:
+                _check_shape("pixel_values_videos", video, "frames, 3, height, width")
         lengths = [len(video) for video in pixel_values_videos]
         tower_config = self.config.tower_config("video")
         if getattr(tower_config, "add_time_attn", False):
@@ -259,11 +310,11 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         if isinstance(pixel_values_videos, torch.Tensor):
             outputs = self._encode_frames("video", pixel_values_videos.flatten(0, 1), **kwargs)
             features = outputs.last_hidden_state.unflatten(0, pixel_values_videos.shape[:2])
-            outputs.pooler_output = self.mm_projector(features)
+            outputs.pooler_output = self._project(features)
         else:
             outputs = self._encode_frames("video", torch.cat(pixel_values_videos), **kwargs)
             per_video = outputs.last_hidden_state.split(lengths)
-            outputs.pooler_output = [self.mm_projector(video.unsqueeze(0)).squeeze(0) for video in per_video]
+            outputs.pooler_output = [self._project(video.unsqueeze(0)).squeeze(0) for video in per_video]
         return outputs
 
     @can_return_tuple
@@ -289,6 +340,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
                 "This model has no audio tower (config.audio_config is None), so it takes no `input_features`. Leave "
                 "the sound out, or load a model that hears."
             )
+        _check_shape("input_features", input_features, "clips, time, mel bins")
         input_features = _to_device_of(self.audio_tower, input_features)
         outputs = self.audio_tower(input_features, input_features_mask, return_dict=True, **kwargs)
         features = self.mm_projector_a(outputs.last_hidden_state)
@@ -368,11 +420,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         num_placeholders = mask.sum()
         torch_compilable_check(
             num_placeholders == flat.shape[0],
-            lambda: (
-                f"The {modality} placeholders in `input_ids` and the {modality} features do not match: "
-                f"{int(num_placeholders)} placeholders, {flat.shape[0]} features ({_lengths(features)} "
-                f"per {modality}). Use the processor that was saved with this model."
-            ),
+            lambda: _mismatch(modality, int(num_placeholders), features),
         )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), flat), flat
 
@@ -455,11 +503,19 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
 class FiniteLogitsCheck(LogitsProcessor):
     """Stops the generation when the model has broken down, instead of decoding the same token for ever."""
 
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if not torch.isfinite(scores).all():
+            cause = (
+                "The usual cause is float16, which these models overflow: load with dtype=torch.bfloat16 (as trained) "
+                "or torch.float32."
+                if self.dtype == torch.float16
+                else f"The model runs in {self.dtype}, so look for NaN or Inf in its weights and inputs."
+            )
             raise FloatingPointError(
-                f"The logits for token {input_ids.shape[1]} contain NaN or Inf. The usual cause is float16, which "
-                "these models overflow: load with dtype=torch.bfloat16 (as trained) or torch.float32. Pass "
+                f"The logits for token {input_ids.shape[1]} contain NaN or Inf. {cause} Pass "
                 "remove_invalid_values=True to generate all the same."
             )
         return scores
@@ -481,7 +537,6 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    accepts_loss_kwargs = False
 
     def __init__(self, config: VideoLlama2Config):
         super().__init__(config)
@@ -518,8 +573,9 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
         """
         return self.model.get_audio_features(input_features, input_features_mask, **kwargs)
 
+    @torch.no_grad()
     def encode_media(self, **inputs: Any) -> dict[str, BaseModelOutputWithPooling]:
-        """See [`VideoLlama2Model.encode_media`]."""
+        """[`VideoLlama2Model.encode_media`] without gradients, for generation."""
         return self.model.encode_media(**inputs)
 
     @can_return_tuple
@@ -550,7 +606,7 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
             Media that are encoded already, under `"image"`, `"video"` and `"audio"`; see
             [`~VideoLlama2Model.encode_media`].
         labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-            Targets; -100 is ignored. Placeholders must be -100.
+            Targets; -100 is ignored, and so are the placeholders in `input_ids`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -574,7 +630,11 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
             logits = torch.tanh(logits / softcap) * softcap
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+            targets: torch.Tensor = labels
+            if input_ids is not None:  # placeholders are no targets, whatever the labels were made from
+                for mask in self.model.get_placeholder_masks(input_ids).values():
+                    targets = targets.masked_fill(mask.to(targets.device), -100)
+            loss = self.loss_function(logits=logits, labels=targets, vocab_size=text_config.vocab_size, **kwargs)
             if outputs.router_logits is not None:  # Mixtral with `output_router_logits`; the original ignores it
                 balance = load_balancing_loss_func(
                     outputs.router_logits,
@@ -636,6 +696,9 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
         expanded = {}
         for modality, outputs in mm_encoder_output.items():
             features = outputs.pooler_output
+            num_placeholders = int(masks[modality].sum())
+            if num_placeholders != sum(_lengths(features)):
+                raise ValueError(_mismatch(modality, num_placeholders, features))
             ends = {end: i + 1 for i, end in enumerate(accumulate(_lengths(features)))}
             row_ends = [ends.get(int(total), 0) for total in masks[modality].sum(-1).cumsum(0)]
             order = [
@@ -666,7 +729,7 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
             elif isinstance(processor, NoRepeatNGramLogitsProcessor):
                 processors[i] = GeneratedTokensOnly(processor, prompt_length)
         if not generation_config.remove_invalid_values:
-            processors.insert(0, FiniteLogitsCheck())
+            processors.insert(0, FiniteLogitsCheck(self.dtype))
         placeholders = [getattr(self.config, f"{modality}_token_id") for modality in MODALITIES]
         inside = [token_id for token_id in placeholders if token_id < self.config.text_config.vocab_size]
         if inside:
@@ -674,8 +737,8 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
         return processors
 
 
-register_checkpoint_conversion_mapping("VideoLlama2ForConditionalGeneration", WEIGHT_RENAMINGS, overwrite=True)
-register_checkpoint_conversion_mapping("VideoLlama2Model", BASE_MODEL_WEIGHT_RENAMINGS, overwrite=True)
+# Of the base model: transformers applies it to that part of the model with a head, too.
+register_checkpoint_conversion_mapping("VideoLlama2Model", WEIGHT_RENAMINGS, overwrite=True)
 
 # So that saving copies the code, also after a load that found this package and not the folder's copy.
 VideoLlama2Model.register_for_auto_class("AutoModel")
