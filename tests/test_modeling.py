@@ -268,6 +268,16 @@ def test_decode_step_compiles_to_one_graph(model):
     torch.testing.assert_close(outputs.logits[:, -1], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_forward_with_all_media_compiles_to_one_graph(model):
+    batch = collate([row("image t video audio t", model.config)])
+    batch["input_features_mask"] = torch.ones(batch["input_features"].shape[:2], dtype=torch.long)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch, use_cache=False).logits
+    torch.testing.assert_close(compiled, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_beams_with_media_that_the_prompt_has_no_place_for(model):
     batch = collate([row("t", model.config)])
     with pytest.raises(ValueError, match="0 placeholders, 8 features"):

@@ -339,7 +339,8 @@ class VideoLlama2AudioModel(PreTrainedModel):
         if self.post_extract_proj is not None:
             hidden_states = self.post_extract_proj(hidden_states)
         token_mask = None
-        if input_features_mask is not None and not input_features_mask.all():
+        # A graph that is compiled cannot ask whether anything is padded; the mask is right either way.
+        if input_features_mask is not None and (torch.compiler.is_compiling() or not input_features_mask.all()):
             token_mask = self.get_token_mask(input_features_mask)
         return self.encoder(hidden_states, token_mask, **kwargs)
 

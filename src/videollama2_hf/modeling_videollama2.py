@@ -344,7 +344,8 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         input_features = _to_device_of(self.audio_tower, input_features)
         outputs = self.audio_tower(input_features, input_features_mask, return_dict=True, **kwargs)
         features = self.mm_projector_a(outputs.last_hidden_state)
-        if input_features_mask is not None and not input_features_mask.all():
+        # Compiled graphs take clips of one length: others have fewer placeholders than features, which is an error.
+        if input_features_mask is not None and not torch.compiler.is_compiling() and not input_features_mask.all():
             mask = self.audio_tower.get_token_mask(input_features_mask.to(features.device))
             features = [clip[valid] for clip, valid in zip(features, mask)]
         return BaseModelOutputWithPooling(
