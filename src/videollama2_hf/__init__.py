@@ -40,7 +40,9 @@ AutoModel.register(VideoLlama2Config, VideoLlama2Model, exist_ok=True)
 for _auto_class in (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM):
     _auto_class.register(VideoLlama2Config, VideoLlama2ForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(VideoLlama2Config, VideoLlama2Processor, exist_ok=True)
-AutoImageProcessor.register(VideoLlama2Config, VideoLlama2ImageProcessor, exist_ok=True)
+AutoImageProcessor.register(
+    VideoLlama2Config, image_processor_classes={"torchvision": VideoLlama2ImageProcessor}, exist_ok=True
+)
 AutoVideoProcessor.register(VideoLlama2Config, VideoLlama2VideoProcessor, exist_ok=True)
 AutoFeatureExtractor.register(VideoLlama2Config, VideoLlama2FeatureExtractor, exist_ok=True)
 # So that saving copies the code of the processors too.

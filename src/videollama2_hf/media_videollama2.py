@@ -2,15 +2,18 @@
 
 import base64
 import io
+import math
+import numbers
 import os
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from transformers.video_utils import VideoMetadata
 
 from .frame_decoding_videollama2 import (
     FrameConverter,
+    announced_end,
     decode_all,
     decode_indices,
     decode_runs,
@@ -29,6 +33,7 @@ from .frame_decoding_videollama2 import (
     demux_packets,
     get_orientation,
     import_av,
+    packet_end,
     plan_runs,
     read_frame_table,
 )
@@ -39,8 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# What every function here accepts: a path, an http(s) URL, a `data:` URI, the bytes of a file, or a seekable binary
-# file object. A video may also be a folder of image files, or an animated GIF.
+# What every function here accepts: a path, an http(s) or `file:` URL, a `data:` URI, the bytes of a file, or a
+# seekable binary file object. A video may also be a folder of image files, or an animated GIF.
 MediaSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO
 
 # Frame rates that the original assumes where a source has none of its own (videollama2/mm_utils.py, process_video).
@@ -72,7 +77,7 @@ class VideoClip:
     A video as a message names it: where it is, which part of it, and how many frames to take.
 
     `start` and `end` are seconds from the first frame; `num_frames` or `fps` (frames to take per second) override the
-    processor's own setting. `None` leaves a choice to the processor.
+    processor's own setting. `None` leaves a choice to the processor. Raises as [`check_clip_options`].
     """
 
     source: MediaSource
@@ -81,16 +86,53 @@ class VideoClip:
     num_frames: int | None = None
     fps: float | None = None
 
+    def __post_init__(self):
+        check_clip_options(start=self.start, end=self.end, num_frames=self.num_frames, fps=self.fps)
+
+
+def is_video_clip(video: Any) -> bool:
+    """
+    Whether `video` is a [`VideoClip`]. By name, not by class: a folder loaded as remote code holds its own copy of
+    this module, and its processor takes the clips of the package too.
+    """
+    return type(video).__name__ == "VideoClip"
+
+
+def check_clip_options(**options: Any) -> None:
+    """
+    Refuse options of a clip that mean nothing; `None` is always allowed.
+
+    Args:
+        options: Numbers by their name: `start` and `end` (seconds) are finite and not negative, `fps` is finite and
+            positive, `num_frames` and `sampling_rate` (Hz) are positive integers.
+
+    Raises:
+        ValueError: An option is something else.
+    """
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name in ("start", "end"):
+            kind, allowed = numbers.Real, "a finite number of seconds, 0 or more"
+        elif name == "fps":
+            kind, allowed = numbers.Real, "a finite number above 0"
+        else:
+            kind, allowed = numbers.Integral, "an integer above 0"
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value < 0 or (value == 0 and name not in ("start", "end")):
+            got = repr(value) if isinstance(value, (str, numbers.Real)) else f"a {type(value).__name__}"
+            raise ValueError(f"{name} must be {allowed}, got {got}.")
+
 
 def fetch_media(source: MediaSource) -> str | bytes:
     """
-    Turn a source into a local path or the bytes of a file: downloads a URL, decodes a `data:` URI, reads a file object
-    (and puts its position back).
+    Turn a source into a local path or the bytes of a file: downloads a URL, decodes a `data:` URI, takes the path out
+    of a `file:` URL, reads a file object (and puts its position back).
 
     Every function here does this by itself; call it first when one source is read more than once.
 
     Raises:
-        MediaError: The download fails or the `data:` URI is malformed.
+        MediaError: The download fails, the `data:` URI is malformed, or the `file:` URL is of another host.
         TypeError: The source is of another type.
     """
     if isinstance(source, str):
@@ -109,6 +151,11 @@ def fetch_media(source: MediaSource) -> str | bytes:
                 return urllib.parse.unquote_to_bytes(payload)
             except ValueError as error:
                 raise MediaError(f"The data: URI {source[:40]}... cannot be decoded: {error}.") from error
+        if source.startswith("file://"):
+            host, slash, path = source.removeprefix("file://").partition("/")
+            if host not in ("", "localhost") or not slash:
+                raise MediaError(f"{source} is not a file of this machine; local ones begin with file:///.")
+            return url2pathname(slash + path)
         return source
     if isinstance(source, os.PathLike):
         return os.fsdecode(source)
@@ -121,10 +168,10 @@ def fetch_media(source: MediaSource) -> str | bytes:
         source.seek(position)
         if isinstance(content, bytes):
             return content
-        raise TypeError(f"{_name(source)} is open as text; open it in binary mode ('rb').")
+        raise TypeError(f"{name_source(source)} is open as text; open it in binary mode ('rb').")
     raise TypeError(
-        f"Cannot read media from {type(source).__name__}; pass a path, an http(s) URL, a data: URI, bytes or a "
-        "seekable binary file object."
+        f"Cannot read media from {type(source).__name__}; pass a path, an http(s) or file: URL, a data: URI, bytes or "
+        "a seekable binary file object."
     )
 
 
@@ -138,12 +185,13 @@ def open_media(source: MediaSource) -> Iterator["av.container.InputContainer"]:
         MediaError: The source is a folder, empty, or not (complete) media.
     """
     av = import_av()
-    media, name = fetch_media(source), _name(source)
+    media, name = fetch_media(source), name_source(source)
     if isinstance(media, str):
         if os.path.isdir(media):
             raise MediaError(f"{name} is a folder; only video frames can be read from a folder (of image files).")
         if not os.path.exists(media):
-            raise FileNotFoundError(f"There is no media file {name}.")
+            hint = " `~` is not expanded; pass os.path.expanduser(path)." if media.startswith("~") else ""
+            raise FileNotFoundError(f"There is no media file {name}.{hint}")
     if (os.path.getsize(media) if isinstance(media, str) else len(media)) == 0:
         raise MediaError(f"{name} is empty.")
     # The prefix keeps FFmpeg from taking a path such as "12:30.mp4" for the protocol "12".
@@ -152,13 +200,14 @@ def open_media(source: MediaSource) -> Iterator["av.container.InputContainer"]:
         container = av.open(file, options={"format_whitelist": _FORMATS}, metadata_errors="ignore")
     except av.error.FFmpegError as error:
         raise MediaError(
-            f"{name} is not a video or audio file that FFmpeg can read, or it is cut off before its index ({error})."
+            f"{name} is not a video or audio file that FFmpeg can read, or it is cut off before its index "
+            f"({error.strerror})."
         ) from error
     with container:
         yield container
 
 
-def read_video_metadata(source: MediaSource) -> VideoMetadata:
+def read_video_metadata(source: MediaSource, end: float | None = None) -> VideoMetadata:
     """
     Size and timing of a video.
 
@@ -166,8 +215,16 @@ def read_video_metadata(source: MediaSource) -> VideoMetadata:
     counted, or frames if a packet need not hold one. `fps` is the average rate of the container, as decord reports it;
     `duration` is in seconds; width and height are those on the screen, after rotation. A folder of images has 3 frames
     per second and a GIF 25, as in the original.
+
+    Args:
+        end: Seconds from the first frame up to which the video is needed, whatever is missing behind.
+
+    Raises:
+        MediaError: There are no frames, or the video ends clearly before `end` and what its file announces (AVI,
+            Matroska, fragmented MP4). An MP4 file lists its frames: all are counted, and [`read_frames`] says which
+            of those asked for are missing.
     """
-    media, name = fetch_media(source), _name(source)
+    media, name = fetch_media(source), name_source(source)
     if isinstance(media, str) and os.path.isdir(media):
         paths = _list_images(media)
         with Image.open(paths[0]) as image:
@@ -185,6 +242,8 @@ def read_video_metadata(source: MediaSource) -> VideoMetadata:
         table = read_frame_table(container, stream)
         fps = GIF_FPS if container.format.name == "gif" else float(stream.average_rate or stream.guessed_rate or 0)
         duration = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
+    if table is None or table.frames is not None:
+        _check_video_end(media, name, end)
     with open_media(media) as container:
         frames = decode_all(container, _video_stream(container, name))
         first = next(frames, None)
@@ -226,7 +285,7 @@ def read_frames(
         IndexError: An index is not one of the video's frames.
         MediaError: The file is cut off or damaged, and frames that are asked for cannot be decoded.
     """
-    media, name = fetch_media(source), _name(source)
+    media, name = fetch_media(source), name_source(source)
     indices = [int(index) for index in indices]
     if not indices:
         raise ValueError("`indices` is empty; name at least one frame.")
@@ -264,24 +323,17 @@ def read_audio_file(
 
     Raises:
         NoAudioTrackError: The source has no audio track.
-        MediaError: The track cannot be decoded, or the file is cut off.
+        MediaError: The track cannot be decoded, or it ends clearly before `end` and what its file announces.
     """
-    name = _name(source)
+    name = name_source(source)
     with open_media(source) as container:
         stream = _audio_stream(container, name)
         rate = stream.codec_context.sample_rate
-        first, last = _sample_range(start, end, rate)
-        pieces, position = [], 0
-        for frame in _decode_audio(container, stream, name):
-            piece, rate = _frame_samples(frame), frame.sample_rate
-            if position + piece.shape[1] > first:
-                pieces.append(piece[:, max(first - position, 0) :])
-            position += piece.shape[1]
-            if last is not None and position >= last:
-                break
-        channels = stream.codec_context.channels
-    waveform = np.concatenate(pieces, axis=1) if pieces else np.zeros((channels, 0))
-    return waveform[:, : None if last is None else last - first], rate
+        first, last = sample_range(start, end, rate)
+        frames = _decode_audio(container, stream, name, None if last is None else last / rate)
+        pieces = list(_cut_out(map(_frame_samples, frames), first, last))
+        rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
+    return np.concatenate(pieces, axis=1) if pieces else np.zeros((channels, 0)), rate
 
 
 def read_audio_track(
@@ -304,21 +356,16 @@ def read_audio_track(
 
     Raises:
         NoAudioTrackError: The source has no audio track.
-        MediaError: The track cannot be decoded, or the file is cut off.
+        MediaError: The track cannot be decoded, or it ends clearly before `end` and what its file announces.
     """
-    name = _name(source)
+    name = name_source(source)
     with open_media(source) as container:
         stream = _audio_stream(container, name)
-        first, last = _sample_range(start, end, sampling_rate, offset=_audio_offset(container, stream))
-        pieces, position = [], 0
-        for piece in _resample(_decode_audio(container, stream, name), sampling_rate):
-            if position + len(piece) > first:
-                pieces.append(piece[max(first - position, 0) :])
-            position += len(piece)
-            if last is not None and position >= last:
-                break
+        first, last = sample_range(start, end, sampling_rate, offset=_audio_offset(container, stream))
+        frames = _decode_audio(container, stream, name, None if last is None else last / sampling_rate)
+        pieces = list(_cut_out(_resample(frames, sampling_rate), first, last))
     samples = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
-    return samples[: None if last is None else last - first].astype(np.float32) / 32768.0
+    return samples.astype(np.float32) / 32768.0
 
 
 # Frames
@@ -401,6 +448,26 @@ def _video_stream(container: "av.container.InputContainer", name: str) -> "av.Vi
     return stream
 
 
+def _check_video_end(media: str | bytes, name: str, end: float | None):
+    with open_media(media) as container:
+        stream = _video_stream(container, name)
+        begin = float((stream.start_time or 0) * stream.time_base)
+        reached = max(map(packet_end, demux_packets(container, stream)), default=0.0)
+        if end is None or reached - begin < end:
+            _check_end(container, stream, name, reached)
+
+
+def _check_end(
+    container: "av.container.InputContainer", stream: "av.VideoStream | av.AudioStream", name: str, reached: float
+):
+    announced = announced_end(container, stream, reached)
+    if announced is not None:
+        raise MediaError(
+            f"{name} is cut off: its {stream.type} track ends after {reached:.1f} of the {announced:.1f} seconds that "
+            "the file announces. Get the whole file again, or re-encode what is left, or pass an `end` before that."
+        )
+
+
 def _check_index(index: int, num_frames: int, name: str):
     if index >= num_frames:
         raise IndexError(f"Frame {index} of {name} was asked for, but it has only the frames 0 to {num_frames - 1}.")
@@ -415,15 +482,14 @@ def _audio_stream(container: "av.container.InputContainer", name: str) -> "av.Au
         raise NoAudioTrackError(f"{name} has no audio track.")
     if stream.codec_context is None:
         raise MediaError(f"The audio track of {name} has a codec that FFmpeg does not know.")
-    if container.format.name.startswith("mov") and any(e.pos + e.size > container.size for e in stream.index_entries):
-        raise MediaError(f"{name} is cut off: the file ends before its audio track does.")
     return stream
 
 
 def _decode_audio(
-    container: "av.container.InputContainer", stream: "av.AudioStream", name: str
+    container: "av.container.InputContainer", stream: "av.AudioStream", name: str, end: float | None
 ) -> Iterator["av.AudioFrame"]:
-    """Decode a track, without what an encoder appended to fill its last packet."""
+    """Decode a track, without what an encoder appended to fill its last packet; it must last for `end` seconds, or as
+    long as its file announces."""
     av = import_av()
     # MP4 says how long a track is, in samples; the frame that reaches beyond that is padded.
     left = stream.duration
@@ -431,9 +497,11 @@ def _decode_audio(
         1, stream.codec_context.sample_rate
     ):
         left = None
-    num_packets, num_broken, num_samples = 0, 0, 0
+    num_packets, num_broken, num_samples, reached = 0, 0, 0, 0.0
     for packet in chain(demux_packets(container, stream), [None]):  # None: what the decoder holds back
         num_packets += 1
+        if packet is not None:
+            reached = max(reached, packet_end(packet))
         try:
             frames = stream.codec_context.decode(packet)
         except av.error.FFmpegError:
@@ -449,6 +517,9 @@ def _decode_audio(
             yield frame
     if num_samples == 0:
         raise MediaError(f"The audio track of {name} cannot be decoded; it is empty or damaged.")
+    seconds = num_samples / stream.codec_context.sample_rate
+    if end is None or seconds < end:
+        _check_end(container, stream, name, max(seconds, reached))
     if num_broken:
         logger.warning(f"{num_broken} of {num_packets} packets of the audio of {name} are damaged and were left out.")
 
@@ -482,6 +553,17 @@ def _resample(frames: Iterator["av.AudioFrame"], sampling_rate: int) -> Iterator
         yield from (piece.to_ndarray()[0] for piece in resampler.resample(None))
 
 
+def _cut_out(pieces: Iterable[np.ndarray], first: int, last: int | None) -> Iterator[np.ndarray]:
+    """Samples `first` to `last` of a sound that comes in pieces (..., samples)."""
+    position = 0
+    for piece in pieces:
+        begin, position = position, position + piece.shape[-1]
+        if position > first:
+            yield piece[..., max(first - begin, 0) : None if last is None else last - begin]
+        if last is not None and position >= last:
+            break
+
+
 def _frame_samples(frame: "av.AudioFrame") -> np.ndarray:
     """Samples of a frame as `float64` (channels, samples) in [-1, 1)."""
     samples = frame.to_ndarray()
@@ -501,10 +583,13 @@ def _audio_offset(container: "av.container.InputContainer", stream: "av.AudioStr
     return float(starts[0] - starts[1]) if len(starts) == 2 else 0.0
 
 
-def _sample_range(
+def sample_range(
     start: float | None, end: float | None, sampling_rate: int, offset: float = 0.0
 ) -> tuple[int, int | None]:
-    """First sample of a part and the sample after it, with the original's rules for odd ranges (`process_video`)."""
+    """
+    First sample of a part of a sound and the sample after it, with the original's rules for odd ranges
+    (`process_video`); see [`read_audio_track`]. `offset`: seconds by which the sound begins after second 0.
+    """
     if start is not None and end is not None:
         start, end = sorted((max(start, 0.0), max(end, 0.0)))
         if start == end:
@@ -513,12 +598,13 @@ def _sample_range(
     return first, None if end is None else max(round((end - offset) * sampling_rate), first)
 
 
-def _name(source: MediaSource) -> str:
+def name_source(source: MediaSource) -> str:
     """What to call a source in an error message."""
     if isinstance(source, str) and source.startswith("data:"):
         return f"the data: URI ({len(source)} characters)"
     if isinstance(source, (str, os.PathLike)):
-        return repr(os.fspath(source))
+        path = os.fspath(source)
+        return repr(path if len(path) <= 300 else path[:300] + "...")
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"the media in memory ({len(source)} bytes)"
     return repr(getattr(source, "name", source))
@@ -529,11 +615,15 @@ __all__ = [
     "MediaSource",
     "NoAudioTrackError",
     "VideoClip",
+    "check_clip_options",
     "fetch_media",
     "has_audio",
+    "is_video_clip",
+    "name_source",
     "open_media",
     "read_audio_file",
     "read_audio_track",
     "read_frames",
     "read_video_metadata",
+    "sample_range",
 ]

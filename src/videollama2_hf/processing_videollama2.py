@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import (
     AudioKwargs,
     MultiModalData,
@@ -27,14 +27,17 @@ from .checkpoint_videollama2 import (
 )
 from .configuration_videollama2 import VideoLlama2Config, get_num_audio_tokens, get_num_visual_tokens
 from .messages_videollama2 import (
+    check_audio_indices,
+    check_conversations,
     collect_media,
+    flat_images,
     flat_sounds,
     flat_videos,
     load_sound,
     load_track,
     prepare_messages,
 )
-from .processor_defaults_videollama2 import get_processor_arguments
+from .processor_defaults_videollama2 import LOADING_ARGUMENTS, get_processor_arguments
 from .prompt_videollama2 import (
     encode_prompts,
     find_assistant_spans,
@@ -83,8 +86,8 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         image_num_frames (`int`): Frames that an image is repeated to before the connector.
         image_class_tokens (`int`), video_class_tokens (`int`): Class tokens kept in front of a frame's patches.
         audio_patch_size (`int`): Patch size of BEATs, in filter-bank frames and bins.
-        has_audio (`bool`): Whether the model hears. If so, `load_audio_from_video` is on by default; if not, sounds
-            are refused.
+        has_audio (`bool`): Whether the model hears. If not, sounds are refused.
+        hears_videos (`bool`, *optional*): Default of `load_audio_from_video`. `None`: `has_audio`.
         missing_audio_policy (`str`): Default of the argument `missing_audio`; see [`VideoLlama2ProcessorKwargs`].
         context_length (`int`, *optional*): Longest prompt that the model takes, in tokens. `None`: not checked.
         add_bos_token (`bool`): Whether prompts begin with the tokenizer's BOS token, which the template does not print
@@ -114,6 +117,7 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         missing_audio_policy: MissingAudio = "silence",
         context_length: int | None = None,
         add_bos_token: bool = False,
+        hears_videos: bool | None = None,
     ):
         if missing_audio_policy not in MissingAudio.__args__:
             raise ValueError(
@@ -130,7 +134,7 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         self.missing_audio_policy = missing_audio_policy
         self.context_length = context_length
         self.add_bos_token = add_bos_token
-        self.load_audio_from_video = has_audio
+        self.hears_videos = hears_videos
         super().__init__(image_processor, video_processor, feature_extractor, tokenizer, chat_template=chat_template)
 
         add_placeholder_tokens(tokenizer)
@@ -139,6 +143,15 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         self.image_token, self.video_token, self.audio_token = PLACEHOLDER_TOKENS
         ids = tokenizer.convert_tokens_to_ids(list(PLACEHOLDER_TOKENS))
         self.image_token_id, self.video_token_id, self.audio_token_id = ids
+
+    @property
+    def load_audio_from_video(self) -> bool:
+        """Whether the sound of videos is heard where neither the call nor the block says; saved as `hears_videos`."""
+        return self.has_audio if self.hears_videos is None else self.hears_videos
+
+    @load_audio_from_video.setter
+    def load_audio_from_video(self, value: bool):
+        self.hears_videos = value
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "VideoLlama2Processor":
@@ -151,7 +164,9 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         if cached_file(checkpoint, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs) is None:
             config_dict = find_original_config(checkpoint, **hub_kwargs)
             if config_dict is not None:
-                own = {name: value for name, value in kwargs.items() if name in signature(cls.__init__).parameters}
+                own = {name: value for name, value in kwargs.items() if name not in LOADING_ARGUMENTS}
+                if "_from_pipeline" in own:  # a pipeline passes the model's options too, such as dtype
+                    own = {}
                 return cls.from_config(
                     VideoLlama2Config.from_pretrained(checkpoint, **hub_kwargs),
                     load_original_tokenizer(checkpoint, config_dict, **hub_kwargs),
@@ -176,14 +191,16 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
             tokenizer: The language model's tokenizer; see [`load_tokenizer`] for that of an original checkpoint. Its
                 chat template is kept. Without one, a model with Video-LLaVA's connector takes Video-LLaVA's.
             vision_preprocessor: `preprocessor_config.json` of the vision tower. `None`: what towers of its kind have.
-            **kwargs: Arguments of the processor that are to differ.
+            **kwargs: Arguments of the processor that are to differ, or options of its parts (`num_frames`, `exact`,
+                `audio_mode`, `padding_side`, ...), each for every part that has it.
 
         Raises:
+            TypeError: Neither the processor nor a part of it has an argument of that name.
             ValueError: The placeholder ids of the configuration are not the tokenizer's.
         """
-        arguments = get_processor_arguments(config, tokenizer, vision_preprocessor)
-        tokenizer.padding_side = "left"  # prompts are there to be continued; see `apply_chat_template` for training
-        return cls(tokenizer=tokenizer, **{**arguments, **kwargs})
+        own = {name: kwargs.pop(name) for name in signature(cls).parameters if name in kwargs}
+        arguments = get_processor_arguments(config, tokenizer, vision_preprocessor, **kwargs)
+        return cls(tokenizer=tokenizer, **{**arguments, **own})
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
         """As for every processor, which stays as it was: transformers would leave an `auto_map` on it."""
@@ -226,6 +243,7 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         if audio_from_video_indices is None:
             heard = heard if self.has_audio else set()  # as in transformers, the flag means nothing to a deaf model
         else:
+            check_audio_indices(audio_from_video_indices, len(videos or []), len(audio or []))
             heard &= set(audio_from_video_indices)
             if heard and audio and len(audio) == len(audio_from_video_indices):
                 tracks = {index: sound for index, sound in zip(audio_from_video_indices, audio) if index in heard}
@@ -283,7 +301,7 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
         if images is not None:
-            images = make_flat_list_of_images(self.image_processor.fetch_images(images))
+            images = self.image_processor.fetch_images(flat_images(images))
         if videos is not None:
             videos = flat_videos(videos)
         if audio is not None:
@@ -328,8 +346,9 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
                 track = load_track(extractor, videos[index], *window, audio_mode)
                 if track is None and policy == "error":
                     raise ValueError(
-                        f"Video {index} has no audio track, and missing_audio is 'error'. Choose 'silence' or 'drop', "
-                        "or load_audio_from_video=False for it."
+                        f"Video {index} has no audio track, and missing_audio is 'error' (a track that ends before "
+                        "the part that is taken counts as none). Choose 'silence' or 'drop', or "
+                        "load_audio_from_video=False for it."
                     )
                 if track is None and policy == "silence":
                     track = extractor.silent_waveform(), extractor.sampling_rate
@@ -351,7 +370,7 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         return get_num_visual_tokens(self.connector_type, len(pixels), rows, columns, self.video_class_tokens)
 
     def _num_audio_tokens(self, mask: torch.Tensor) -> int:
-        return get_num_audio_tokens(int(mask.sum()), patch_size=self.audio_patch_size)
+        return get_num_audio_tokens(int(mask.sum()), self.feature_extractor.feature_size, self.audio_patch_size)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self._num_image_tokens(image_inputs["pixel_values"][image_idx])
@@ -453,10 +472,12 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
         - `{"type": "image", "image": ...}`
         - `{"type": "video", "video": ..., "start": ..., "end": ..., "num_frames": ..., "fps": ...,
           "load_audio_from_video": ...}`; all but the video are optional, times are in seconds.
-        - `{"type": "audio", "audio": ..., "start": ..., "end": ...}`
+        - `{"type": "audio", "audio": ..., "start": ..., "end": ..., "sampling_rate": ...}`; the rate in Hz is that of
+          an array, by default the feature extractor's. The audio may be a row of a data set,
+          `{"array": ..., "sampling_rate": ...}`.
 
         Instead of its type, the key of a medium may be `url`, `path` or `base64`. An empty audio block right behind a
-        video stands for the video's sound.
+        video stands for the video's sound. Other keys are refused unless their value is `None`.
 
         Args:
             conversation: Messages, or a list of conversations.
@@ -471,8 +492,12 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
             sanitize_control_tokens: Whether control tokens (`</s>`, `<|im_end|>`, ...) in the messages are text.
             chat_template, tools, documents, continue_final_message, tokenize, return_tensors, return_dict,
                 processor_kwargs: As in transformers.
+
+        Without `tokenize`, the prompt is one that `processor(text=...)` takes with the media: a placeholder token that
+        somebody typed has the noncharacter U+FDD0 in place of its `<`, which is undone when it is tokenised.
         """
         chat_template = self._resolve_chat_template(chat_template)
+        check_conversations(conversation)
         conversations, is_batched = self._normalize_conversations(conversation)
         conversations = [prepare_messages(messages, not sanitize_control_tokens) for messages in conversations]
         inference = add_generation_prompt or bool(continue_final_message)
@@ -484,8 +509,9 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
             processor_kwargs["padding_side"] = "left" if inference else "right"
         if load_audio_from_video is None:
             load_audio_from_video = processor_kwargs.pop("load_audio_from_video", None)
-        with_mask = return_assistant_tokens_mask and tokenize and return_dict
-        if with_mask:
+        if return_assistant_tokens_mask:
+            if not (tokenize and return_dict):
+                raise ValueError("return_assistant_tokens_mask=True needs tokenize=True and return_dict=True.")
             if continue_final_message or sanitize_control_tokens or not self.tokenizer.is_fast:
                 raise ValueError(
                     "return_assistant_tokens_mask=True needs a fast tokenizer, and neither continue_final_message nor "
@@ -508,7 +534,7 @@ class VideoLlama2Processor(OmniModalProcessorMixin):
             sanitize_control_tokens=sanitize_control_tokens,
             **kwargs,
         )
-        if with_mask:
+        if return_assistant_tokens_mask:
             template_kwargs = {**self.tokenizer.special_tokens_map, "tools": tools, "documents": documents, **kwargs}
             masks = []
             for messages, offsets in zip(conversations, outputs.pop("offset_mapping")):

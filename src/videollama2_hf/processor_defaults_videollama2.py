@@ -1,5 +1,6 @@
 """What a model's configuration says about its processor."""
 
+from inspect import signature
 from typing import Any, Literal
 
 from transformers.image_utils import PILImageResampling
@@ -10,18 +11,53 @@ from .configuration_videollama2 import VideoLlama2Config
 from .feature_extraction_videollama2 import VideoLlama2FeatureExtractor
 from .image_processing_videollama2 import VideoLlama2ImageProcessor
 from .prompt_videollama2 import VIDEO_LLAVA_CHAT_TEMPLATE, build_chat_template
+from .tokenization_videollama2 import HUB_ARGUMENTS
 from .video_processing_videollama2 import VideoLlama2VideoProcessor
 
 
+# What `from_pretrained` of a processor may be given that is no option of it.
+LOADING_ARGUMENTS = (*HUB_ARGUMENTS, "trust_remote_code", "code_revision", "use_fast", "_from_auto", "_commit_hash")
+# Attributes of a tokenizer that may be given when a processor is made.
+_TOKENIZER_OPTIONS = (
+    "padding_side",
+    "truncation_side",
+    "model_max_length",
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+)
+
+
 def get_processor_arguments(
-    config: VideoLlama2Config, tokenizer: PreTrainedTokenizerBase, vision_preprocessor: dict[str, Any] | None = None
+    config: VideoLlama2Config,
+    tokenizer: PreTrainedTokenizerBase,
+    vision_preprocessor: dict[str, Any] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """
     Arguments of [`VideoLlama2Processor`] besides the tokenizer; see its `from_config`.
 
+    Args:
+        options: Options of the parts that are to differ: each goes to every part that has it.
+
     Raises:
+        TypeError: No part has an option of that name.
         ValueError: The placeholder ids of the configuration are not the tokenizer's.
     """
+    names = {
+        "image": VideoLlama2ImageProcessor.valid_kwargs.__annotations__,
+        "video": VideoLlama2VideoProcessor.valid_kwargs.__annotations__,
+        "audio": set(signature(VideoLlama2FeatureExtractor).parameters) - {"kwargs"},
+        "text": _TOKENIZER_OPTIONS,
+    }
+    given = {part: {name: options[name] for name in options if name in names[part]} for part in names}
+    unknown = sorted(set(options).difference(*given.values()))
+    if unknown:
+        raise TypeError(f"No part of the processor has the option {' or '.join(unknown)}; check the spelling.")
+    # Prompts are there to be continued; see `apply_chat_template` for training.
+    for name, value in {"padding_side": "left", **given["text"]}.items():
+        setattr(tokenizer, name, value)
     add_placeholder_tokens(tokenizer)
     for token in PLACEHOLDER_TOKENS:
         name, token_id = f"{token[1:-1]}_token_id", tokenizer.convert_tokens_to_ids(token)
@@ -36,12 +72,16 @@ def get_processor_arguments(
         system_message = MISTRAL_SYSTEM_MESSAGE
     if not chat_template and config.connector_type == "frame_mlp2x_gelu":
         chat_template, add_bos_token = VIDEO_LLAVA_CHAT_TEMPLATE, True
+    image_options = _vision_options(config, "image", vision_preprocessor)
+    video_options = {"num_frames": config.num_frames, **_vision_options(config, "video", vision_preprocessor)}
+    audio_options: dict[str, Any] = {}
+    if config.audio_config is not None:
+        audio_config: Any = config.audio_config
+        audio_options["feature_size"] = audio_config.num_mel_bins
     arguments = {
-        "image_processor": VideoLlama2ImageProcessor(**_vision_options(config, "image", vision_preprocessor)),
-        "video_processor": VideoLlama2VideoProcessor(
-            num_frames=config.num_frames, **_vision_options(config, "video", vision_preprocessor)
-        ),
-        "feature_extractor": VideoLlama2FeatureExtractor(),
+        "image_processor": VideoLlama2ImageProcessor(**{**image_options, **given["image"]}),
+        "video_processor": VideoLlama2VideoProcessor(**{**video_options, **given["video"]}),
+        "feature_extractor": VideoLlama2FeatureExtractor(**{**audio_options, **given["audio"]}),
         "chat_template": build_chat_template(chat_template, system_message) if chat_template else None,
         "connector_type": config.connector_type,
         "patch_size": config.tower_config("image").patch_size,
@@ -54,7 +94,6 @@ def get_processor_arguments(
         "add_bos_token": add_bos_token,
     }
     if config.audio_config is not None:
-        audio_config: Any = config.audio_config
         arguments["audio_patch_size"] = audio_config.patch_size
     return arguments
 
@@ -71,7 +110,8 @@ def _vision_options(
     tower: Any = config.tower_config(modality)
     if tower.model_type == "languagebind_vision":  # its own transforms; languagebind/image and video/processing_*.py
         options = {"size": {"shortest_edge": tower.image_size}, "antialias": False}
-        video = {"resample": PILImageResampling.BILINEAR, "sample_endpoints": True}
+        window = tower.num_frames if tower.add_time_attn else None
+        video = {"resample": PILImageResampling.BILINEAR, "sample_endpoints": True, "temporal_window": window}
         return options if modality == "image" else options | video
     if preprocessor is not None:
         names = VideoLlama2ImageProcessor.valid_kwargs.__annotations__
@@ -82,4 +122,4 @@ def _vision_options(
     return {"size": {"shortest_edge": tower.image_size}}
 
 
-__all__ = ["get_processor_arguments"]
+__all__ = ["LOADING_ARGUMENTS", "get_processor_arguments"]

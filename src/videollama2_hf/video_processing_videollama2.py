@@ -17,7 +17,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from .image_processing_videollama2 import VideoLlama2PixelsMixin, load_image
-from .media_videollama2 import fetch_media, read_frames, read_video_metadata
+from .media_videollama2 import fetch_media, is_video_clip, read_frames, read_video_metadata
 
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -123,6 +123,19 @@ def make_flat_list_of_videos(videos) -> list:
     return [video for item in videos for video in make_flat_list_of_videos(item)]
 
 
+def get_clip_source(clip):
+    """
+    The one video of a `VideoClip`, as an item of [`make_flat_list_of_videos`].
+
+    Raises:
+        ValueError: Its source holds several videos.
+    """
+    videos = make_flat_list_of_videos(clip.source)
+    if len(videos) > 1:
+        raise ValueError(f"A VideoClip is one video, but its source holds {len(videos)}; make one clip of each.")
+    return videos[0]
+
+
 def _is_frame(item) -> bool:
     if isinstance(item, (np.ndarray, torch.Tensor)):
         return item.ndim in (2, 3)
@@ -169,6 +182,8 @@ class VideoLlama2VideoProcessorKwargs(VideosKwargs, total=False):
     flip_probability (`float`, *optional*, defaults to 0):
         Probability to mirror a whole video, a training augmentation drawn from torch's generator. Video-LLaVA applies
         it with 0.5, also at inference.
+    temporal_window (`int`, *optional*):
+        Number of frames that the video tower attends to together (Video-LLaVA): a video must give a multiple of it.
     do_pad_to_square (`bool`, *optional*, defaults to `False`):
         Whether to pad to a square first; see [`VideoLlama2ImageProcessorKwargs`].
     antialias (`bool`, *optional*, defaults to `True`):
@@ -182,6 +197,7 @@ class VideoLlama2VideoProcessorKwargs(VideosKwargs, total=False):
     max_frames: int | None
     sample_endpoints: bool | None
     flip_probability: float | int | None
+    temporal_window: int | None
     do_pad_to_square: bool | None
     antialias: bool | None
     exact: bool | None
@@ -215,6 +231,7 @@ class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
     do_sample_frames = True
     sample_endpoints = False
     flip_probability = 0.0
+    temporal_window = None
 
     def __init__(self, **kwargs: Unpack[VideoLlama2VideoProcessorKwargs]):
         super().__init__(**kwargs)
@@ -308,24 +325,19 @@ class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
         metadata: VideoMetadata | None,
         sampling: dict,
         do_sample_frames: bool,
+        temporal_window: int | None,
         do_convert_rgb: bool,
         input_data_format: str | None,
         device: torch.device | str | None,
         **options,
     ) -> tuple[torch.Tensor, VideoMetadata]:
         """Pads, resizes and crops the chosen frames of one video; see [`VideoLlama2PixelsMixin.fit`]."""
-        # By name, not by class: a folder loaded as remote code holds its own copy of the media module.
-        if type(video).__name__ == "VideoClip":
+        if is_video_clip(video):
             clip = {name: getattr(video, name) for name in sampling}
             if clip["num_frames"] is not None or clip["fps"] is not None:
                 sampling = {**sampling, "num_frames": None, "fps": None}
             sampling = {**sampling, **{name: value for name, value in clip.items() if value is not None}}
-            videos = make_flat_list_of_videos(video.source)
-            if len(videos) > 1:
-                raise ValueError(
-                    f"A VideoClip is one video, but its source holds {len(videos)}; make one clip of each."
-                )
-            video = videos[0]
+            video = get_clip_source(video)
 
         in_memory = isinstance(video, (list, np.ndarray, torch.Tensor))
         if not in_memory:
@@ -347,6 +359,12 @@ class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
             indices = np.arange(window.start, window.stop)
             if metadata.frames_indices is None:
                 metadata = dataclasses.replace(metadata, frames_indices=indices.tolist())
+        if temporal_window and len(indices) % temporal_window:
+            raise ValueError(
+                f"This model's video tower takes windows of {temporal_window} frames, but this video gives "
+                f"{len(indices)} frames. Choose num_frames={temporal_window} or another multiple of it, also in place "
+                "of fps."
+            )
 
         def fit(frames, data_format=input_data_format):
             frames = self.to_rgb_tensor(frames, do_convert_rgb, data_format)
@@ -376,6 +394,7 @@ __all__ = [
     "VideoLlama2VideoProcessor",
     "VideoLlama2VideoProcessorKwargs",
     "fps_frame_indices",
+    "get_clip_source",
     "make_flat_list_of_videos",
     "time_window",
     "uniform_frame_indices",
