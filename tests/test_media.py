@@ -22,6 +22,7 @@ from PIL import Image
 
 from videollama2_hf import frame_decoding_videollama2 as frame_decoding
 from videollama2_hf import media_videollama2 as media
+from videollama2_hf.image_processing_videollama2 import load_image
 from videollama2_hf.media_videollama2 import (
     MediaError,
     NoAudioTrackError,
@@ -53,6 +54,7 @@ SOURCE = (
 )
 X264 = "-c:v libx264 -preset veryfast "
 DROP = "-vf select='not(mod(n,3))+lt(mod(n,20),7)' -fps_mode vfr "
+INTRA_CODECS = ("ffv1", "huffyuv", "ffvhuff", "utvideo", "rawvideo", "png")
 MADE = {
     "cfr.mp4": SOURCE + X264 + "-bf 3 -g 30 -c:a aac",
     "one_group.mp4": SOURCE + X264 + "-bf 3 -g 250 -c:a aac",
@@ -86,6 +88,8 @@ MADE = {
     "h264.flv": SOURCE + X264 + "-bf 3 -g 30 -ar 44100 -c:a aac",
     "mjpeg.mov": SOURCE + "-c:v mjpeg -q 3 -c:a pcm_s16le",
     "pattern.gif": "-f lavfi -i testsrc2=s=60x45:r=10:d=1.5",
+    **{f"{codec}.mkv": f"-i cfr.mp4 -an -c:v {codec}" for codec in INTRA_CODECS},
+    "indexed.mp4": "-i cfr.mp4 -c copy -movflags frag_keyframe+empty_moov+default_base_moof+global_sidx",
     "silent.mp4": "-i cfr.mp4 -an -c copy",
     "sound.m4a": "-i cfr.mp4 -vn -c copy",
     "front.mp4": "-i cfr.mp4 -c copy -movflags +faststart",
@@ -260,6 +264,15 @@ def test_damaged_video(clips, monkeypatch):
         read_frames(damage(clips["one_group.mp4"], "video", slice(0, 1)), [5])  # the keyframe that all others need
 
 
+@pytest.mark.parametrize("name", [f"{codec}.mkv" for codec in INTRA_CODECS])
+def test_frames_are_counted_without_decoding_them(name, clips, monkeypatch):
+    decoded = []
+    decode = frame_decoding.decode_packet
+    monkeypatch.setattr(frame_decoding, "decode_packet", lambda *args: decoded.append(args) or decode(*args))
+    assert read_video_metadata(clips[name]).total_num_frames == 90
+    assert len(decoded) <= 2
+
+
 def test_folder_of_images(tmp_path):
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     for name, colour in zip(("b.png", "a.jpg", "c.bmp"), colours):
@@ -379,6 +392,30 @@ def test_sources_that_cannot_be_opened(read, clips, server, tmp_path):
 def test_folder_has_no_sound_track(read, tmp_path):
     with pytest.raises(MediaError, match="is a folder"):
         read(tmp_path)
+
+
+def test_names_of_sources(tmp_path):
+    """Also those of images, which Pillow opens."""
+    (tmp_path / "text.jpg").write_text("not a picture")
+    with (tmp_path / "text.jpg").open("rb") as file:
+        for source, name in {
+            "data:image/png;base64,bm9uZQ==": "the data: URI (30 characters)",
+            b"none": "the media in memory (4 bytes)",
+            io.BytesIO(b"none"): "the BytesIO object",
+            file: repr(str(tmp_path / "text.jpg")),
+            tmp_path / "text.jpg": repr(str(tmp_path / "text.jpg")),
+            "bm9u" * 100: repr("bm9u" * 75 + "..."),
+        }.items():
+            with pytest.raises(MediaError) as raised:
+                load_image(source)
+            assert str(raised.value) == f"{name} is not an image that Pillow can read."
+
+
+def test_errors_of_ffmpeg_do_not_repeat_the_path(tmp_path):
+    (tmp_path / "text.wav").write_text("not a sound" * 100)
+    with pytest.raises(MediaError, match=r"its index .Invalid data found when processing input.\.$") as raised:
+        has_audio(tmp_path / "text.wav")
+    assert str(raised.value).count("text.wav") == 1
 
 
 def test_sound_has_no_frames(clips):
@@ -516,9 +553,88 @@ def test_no_track_is_not_a_broken_track(read, name, clips):
 def test_broken_track(read, clips, monkeypatch):
     with pytest.raises(MediaError, match="cannot be decoded; it is empty or damaged"):
         read(damage(clips["cfr.mp4"], "audio", slice(None)))
-    with pytest.raises(MediaError, match="ends before its audio track"):
+    with pytest.raises(MediaError, match="cut_off.mp4' is cut off: its audio track ends after 1.7 of the 3.0 s"):
         read(clips["cut_off.mp4"])
+    with pytest.raises(MediaError, match="is cut off"):
+        read(clips["cut_off.mp4"], start=1.0, end=1.8)
+    whole, part = read(clips["cfr.mp4"], end=1.5), read(clips["cut_off.mp4"], end=1.5)
+    for samples, expected in zip(*((x if isinstance(x, tuple) else (x,)) for x in (part, whole))):
+        np.testing.assert_array_equal(samples, expected)
     warnings = []
     monkeypatch.setattr(media.logger, "warning", warnings.append)
     read(damage(clips["cfr.mp4"], "audio", slice(20, 23)))
     assert len(warnings) == 1 and "damaged and were left out" in warnings[0]
+
+
+# Files that are cut off
+
+
+# Good files whose tracks do not last as long as their neighbours, or as their headers seem to say, and their seconds
+# of video and of sound.
+UNEVEN = {
+    "short_sound.mkv": ("-i cfr.mp4 -c:v copy -af atrim=0:1 -c:a libopus", 3, 1),
+    "short_sound.avi": ("-i cfr.mp4 -c:v mpeg4 -af atrim=0:1 -c:a mp3", 3, 1),
+    "short_video.mkv": ("-t 1 -i cfr.mp4 -i cfr.mp4 -map 0:v -map 1:a -c:v libx264 -c:a copy", 1, 3),
+    "short_video.avi": ("-t 1 -i cfr.mp4 -i cfr.mp4 -map 0:v -map 1:a -c:v mpeg4 -c:a mp3", 1, 3),
+    "late_sound.mkv": ("-i late_sound.mp4 -c copy", 3, 3),
+    "late_sound.avi": ("-itsoffset 1 -i cfr.mp4 -i cfr.mp4 -map 0:a -map 1:v -c:v mpeg4 -c:a mp3", 3, 3),
+    "gap.mkv": ("-i cfr.mp4 -c:v copy -af aselect='lt(t,1)+gt(t,2)' -c:a aac", 3, 2),
+    "vfr.mkv": ("-i vfr.mp4 -c copy", 3, 3),
+    "vfr.avi": ("-i vfr.mp4 -fps_mode vfr -c:v mpeg4 -c:a mp3", 3, 3),
+    "pipe.avi": ("-i cfr.mp4 -c:v mpeg4 -c:a pcm_s16le -f avi -", 3, 3),
+    "pipe.mkv": ("-i cfr.mp4 -c copy -f matroska -", 3, 3),
+    "pipe.wav": ("-i cfr.mp4 -f wav -", 0, 3),
+    "pipe.flac": ("-i cfr.mp4 -f flac -", 0, 3),
+    "no_xing.mp3": ("-i cfr.mp4 -q:a 4 -write_xing 0", 0, 3),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_what_is_whole_is_not_refused(name, clips, tmp_path):
+    arguments, video, sound = UNEVEN[name]
+    path = tmp_path / name
+    if arguments.endswith(" -"):
+        path.write_bytes(ffmpeg(arguments, clips["cfr.mp4"].parent))
+    else:
+        ffmpeg(f"{arguments} {path}", clips["cfr.mp4"].parent)
+    if video:
+        metadata = read_video_metadata(path)
+        assert metadata.total_num_frames == (53 if name.startswith("vfr") else 30 * video)
+    for source in (path, path.read_bytes()):
+        waveform, rate = read_audio_file(source)
+        assert waveform.shape[1] / rate == pytest.approx(sound, abs=0.1)
+        assert len(read_audio_track(source)) / 16000 == pytest.approx(sound, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["cut.wav", "cut.aiff", "cut.flac", "cut.mp3", "cut.au", "cut.caf", "cut.mka"])
+@pytest.mark.parametrize("read", [read_audio_file, read_audio_track])
+def test_sound_that_is_cut_off(read, name, clips, tmp_path):
+    path = tmp_path / name
+    ffmpeg(f"-i cfr.mp4 -vn {path}", clips["cfr.mp4"].parent)
+    content = path.read_bytes()
+    whole, part = read(content), content[: len(content) * 6 // 10]
+    path.write_bytes(part)
+    for source in (path, part):
+        for options in ({}, {"start": 0.5}, {"end": 2.5}, {"start": 2.9, "end": 0.1}):
+            with pytest.raises(MediaError, match="audio track ends after (1.[78]|2.0) of the 3.[01] seconds that"):
+                read(source, **options)
+    samples, expected = ((x[0] if isinstance(x, tuple) else x) for x in (read(part, end=1.5), whole))
+    np.testing.assert_array_equal(samples, expected[..., : samples.shape[-1]])
+    assert samples.shape[-1] == expected.shape[-1] // 2 or name == "cut.mp3"
+    # A header that leaves the size open
+    if name == "cut.wav":
+        for size in (0, 0xFFFFFFFF):
+            stream = part[:4] + size.to_bytes(4, "little") + part[8:]
+            assert read(stream)[0].size > 0
+
+
+@pytest.mark.parametrize("name", ["open_gop.mkv", "ffv1.mkv", "vp9.webm", "vp8.webm", "mpeg4.avi", "indexed.mp4"])
+def test_video_that_is_cut_off(name, clips):
+    content = clips[name].read_bytes()
+    content = content[: len(content) * 6 // 10]
+    for options in ({}, {"start": 0.5}, {"end": 2.5}, {"start": 2.9, "end": 0.1}):
+        with pytest.raises(MediaError, match="video track ends after [12].[0-9] of the [23].[0-9] seconds that"):
+            read_video_metadata(content, **options)
+    num_frames = read_video_metadata(content, end=1.0).total_num_frames
+    assert 30 < num_frames < 80
+    assert torch.equal(read_frames(content, range(0, 30, 10)), read_frames(clips[name], range(0, 30, 10)))

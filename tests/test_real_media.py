@@ -263,7 +263,12 @@ def test_missing_sound(encode, processor):
 
 
 BROKEN = [
-    ("video", "cut_off.mp4", MediaError, "is cut off: the file ends before its audio track does."),
+    ("video", "cut_off.mp4", MediaError, "is cut off: its audio track ends after 2.5 of the 5.3 seconds"),
+    ("audio", "cut_off.mkv", MediaError, "is cut off: its audio track ends after 2.6 of the 5.3 seconds"),
+    ("audio", "cut_off.wav", MediaError, "is cut off: its audio track ends after 9.6 of the 16.0 seconds"),
+    ("audio", "cut_off.aiff", MediaError, "is cut off: its audio track ends after 9.6 of the 16.0 seconds"),
+    ("audio", "cut_off.flac", MediaError, "is cut off: its audio track ends after 9.6 of the 16.0 seconds"),
+    ("audio", "cut_off.mp3", MediaError, "is cut off: its audio track ends after 9.6 of the 16.0 seconds"),
     ("video", "cut_off.mov", MediaError, "it is cut off before its index"),
     ("audio", "cut_off.m4a", MediaError, "it is cut off before its index"),
     ("video", "broken_sound.mp4", MediaError, "The audio track of {} cannot be decoded; it is empty or damaged."),
@@ -302,9 +307,19 @@ def test_broken_pictures(processor, clips):
         _encode(processor, "video", path, load_audio_from_video=False)
 
 
-@pytest.mark.parametrize("suffix", ["mkv", "webm", "ts", "mpg", "avi", "ogv", "gif"])
+@pytest.mark.parametrize("suffix, seconds", [("mkv", 2.7), ("webm", 2.7), ("avi", 2.5)])
+def test_cut_off_before_what_the_file_announces(suffix, seconds, processor, clips):
+    path = str(clips[f"cut_off.{suffix}"])
+    message = f"{path!r} is cut off: its video track ends after {seconds} of the 5.3 seconds that the file announces."
+    with pytest.raises(MediaError, match=re.escape(message)):
+        _encode(processor, "video", path, load_audio_from_video=False)
+    with pytest.raises(MediaError, match="is cut off: its audio track ends after"):
+        _encode(processor, "video", path)
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg", "ogv", "gif"])
 def test_cut_off_stream(suffix, encode):
-    """Formats that are played as they arrive end where the file ends; what is there is right."""
+    """Formats that do not say how long they are end where the file ends; what is there is right."""
     inputs = encode("video", f"cut_off.{suffix}", load_audio_from_video=False)
     metadata = inputs.video_metadata[0]
     assert 50 < metadata.total_num_frames < 80
@@ -318,11 +333,25 @@ def test_cut_off_stream(suffix, encode):
         assert sound[0, 350:].mean() < -15
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg", "aiff"])
-def test_cut_off_sound(suffix, encode):
-    sound, whole = (encode("audio", f"{name}.{suffix}").input_features for name in ("cut_off", "sax"))
+def test_cut_off_ogg(encode):
+    sound, whole = (encode("audio", f"{name}.ogg").input_features for name in ("cut_off", "sax"))
     assert sound_difference(sound, whole, seconds=9) < 1e-3
     assert sound[0, 1100:].mean() < -15 < 10 < whole[0, 1100:1500].mean()
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "avi"])
+def test_part_before_the_cut(suffix, encode):
+    """What is missing behind the end of the part that is asked for does not matter."""
+    part, whole = (encode("video", f"{name}.{suffix}", end=2.0) for name in ("cut_off", "bunny"))
+    assert part.video_metadata[0].frames_indices == whole.video_metadata[0].frames_indices
+    assert torch.equal(part.pixel_values_videos, whole.pixel_values_videos)
+    assert torch.equal(part.input_features, whole.input_features)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "aiff"])
+def test_part_of_a_sound_before_the_cut(suffix, encode):
+    part, whole = (encode("audio", f"{name}.{suffix}", end=9.4).input_features for name in ("cut_off", "sax"))
+    assert torch.equal(part, whole)
 
 
 def test_broken_sound_does_not_concern_a_deaf_question(processor, clips, encode):

@@ -23,7 +23,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType, auto_docstring, is_torchvision_available, logging
 
-from .media_videollama2 import MediaError, MediaSource, fetch_media
+from .media_videollama2 import MediaError, MediaSource, fetch_media, name_source
 
 
 if is_torchvision_available():
@@ -285,8 +285,7 @@ def load_image(source: MediaSource) -> PIL.Image.Image:
         MediaError: The download fails, or the data is not an image that Pillow can read, or it is cut off.
         TypeError: The source is of another type.
     """
-    media = fetch_media(source)
-    name = repr(media if len(media) <= 300 else media[:300] + "...") if isinstance(media, str) else "The data"
+    media, name = fetch_media(source), name_source(source)
     if isinstance(media, str) and not os.path.exists(media):
         try:
             media = base64.b64decode(media, validate=True)

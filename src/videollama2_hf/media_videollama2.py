@@ -207,7 +207,7 @@ def open_media(source: MediaSource) -> Iterator["av.container.InputContainer"]:
         yield container
 
 
-def read_video_metadata(source: MediaSource, end: float | None = None) -> VideoMetadata:
+def read_video_metadata(source: MediaSource, start: float | None = None, end: float | None = None) -> VideoMetadata:
     """
     Size and timing of a video.
 
@@ -217,12 +217,12 @@ def read_video_metadata(source: MediaSource, end: float | None = None) -> VideoM
     per second and a GIF 25, as in the original.
 
     Args:
-        end: Seconds from the first frame up to which the video is needed, whatever is missing behind.
+        start, end: Part that is needed, in seconds from the first frame; what is described is the whole video.
 
     Raises:
         MediaError: There are no frames, or the video ends clearly before `end` and what its file announces (AVI,
-            Matroska, fragmented MP4). An MP4 file lists its frames: all are counted, and [`read_frames`] says which
-            of those asked for are missing.
+            Matroska, fragmented MP4). Other MP4 files list their frames: all are counted, and [`read_frames`] says
+            which of those asked for are missing.
     """
     media, name = fetch_media(source), name_source(source)
     if isinstance(media, str) and os.path.isdir(media):
@@ -243,7 +243,7 @@ def read_video_metadata(source: MediaSource, end: float | None = None) -> VideoM
         fps = GIF_FPS if container.format.name == "gif" else float(stream.average_rate or stream.guessed_rate or 0)
         duration = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
     if table is None or table.frames is not None:
-        _check_video_end(media, name, end)
+        _check_video_end(media, name, sample_range(start, end, sampling_rate=1000)[1])
     with open_media(media) as container:
         frames = decode_all(container, _video_stream(container, name))
         first = next(frames, None)
@@ -448,12 +448,13 @@ def _video_stream(container: "av.container.InputContainer", name: str) -> "av.Vi
     return stream
 
 
-def _check_video_end(media: str | bytes, name: str, end: float | None):
+def _check_video_end(media: str | bytes, name: str, last: int | None):
+    """Refuse a video that is cut off, unless it lasts for `last` milliseconds."""
     with open_media(media) as container:
         stream = _video_stream(container, name)
         begin = float((stream.start_time or 0) * stream.time_base)
         reached = max(map(packet_end, demux_packets(container, stream)), default=0.0)
-        if end is None or reached - begin < end:
+        if last is None or reached - begin < last / 1000:
             _check_end(container, stream, name, reached)
 
 
@@ -603,11 +604,11 @@ def name_source(source: MediaSource) -> str:
     if isinstance(source, str) and source.startswith("data:"):
         return f"the data: URI ({len(source)} characters)"
     if isinstance(source, (str, os.PathLike)):
-        path = os.fspath(source)
+        path = os.fsdecode(source)
         return repr(path if len(path) <= 300 else path[:300] + "...")
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"the media in memory ({len(source)} bytes)"
-    return repr(getattr(source, "name", source))
+    return repr(source.name) if hasattr(source, "name") else f"the {type(source).__name__} object"
 
 
 __all__ = [

@@ -342,7 +342,7 @@ class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
         in_memory = isinstance(video, (list, np.ndarray, torch.Tensor))
         if not in_memory:
             video = fetch_media(video)
-            metadata = read_video_metadata(video)
+            metadata = read_video_metadata(video, sampling["start"], sampling["end"])
         elif metadata is None:
             metadata = VideoMetadata(total_num_frames=len(video))
         elif do_sample_frames and metadata.total_num_frames != len(video):
