@@ -314,6 +314,7 @@ def test_file_urls_and_home(media, tmp_path):
 def test_arrays_of_wrong_ranks(hearing):
     for kwargs, message in (
         ({"images": np.zeros(7)}, r"An array is an image .* got shape \(7,\)"),
+        ({"images": np.zeros((0, 9, 3))}, r"An array is an image .* and not empty; got shape \(0, 9, 3\)"),
         ({"images": [torch.zeros(7)]}, r"An array is an image .* got shape \(7,\)"),
         ({"videos": np.zeros((2, 2))}, r"An array of frames has 4 dimensions .* got shape \(2, 2\)"),
         ({"videos": np.zeros(7)}, r"An array of frames has 4 dimensions .* got shape \(7,\)"),

@@ -245,17 +245,17 @@ def flat_images(images: Any) -> list:
     A flat list of images, opened or not, from lists nested to any depth and arrays of any number of images.
 
     Raises:
-        ValueError: An array has less than two dimensions.
+        ValueError: An array is empty or has less than two dimensions.
     """
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in flat_images(item)]
-    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim != 2:
-        if images.ndim < 2:
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        if images.ndim < 2 or 0 in images.shape:
             raise ValueError(
-                "An array is an image (height, width), (height, width, 3) or (3, height, width), or a batch of them; "
-                f"got shape {tuple(images.shape)}."
+                "An array is an image (height, width), (height, width, 3) or (3, height, width), or a batch of them, "
+                f"and not empty; got shape {tuple(images.shape)}."
             )
-        return list(images.reshape(-1, *images.shape[-3:]))
+        return [images] if images.ndim < 4 else list(images.reshape(-1, *images.shape[-3:]))
     return [images]
 
 
