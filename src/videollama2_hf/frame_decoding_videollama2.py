@@ -119,7 +119,7 @@ def announced_end(
     says for every packet whether it is there.
     """
     if container.format.name.startswith("mov") and any(e.pos + e.size > container.size for e in stream.index_entries):
-        return float((stream.duration or 0) * stream.time_base)
+        return float((stream.duration or 0) * (stream.time_base or 0))
     announced = _announced_duration(container, stream, end)
     return announced if announced is not None and announced - end > max(0.5, 0.05 * announced) else None
 
@@ -127,12 +127,12 @@ def announced_end(
 def _announced_duration(
     container: "av.container.InputContainer", stream: "av.VideoStream | av.AudioStream", end: float
 ) -> float | None:
-    kind, time_base = container.format.name, stream.time_base
+    kind = container.format.name
     if kind in _COUNTING_FORMATS:
         # FFmpeg leaves 2 ** 30 in an AVI file that it cannot go back in. There, late sound counts what comes before it
         # too, so that only as much of it as there is video is sure.
         tracks = [stream, *container.streams.video[:1]] if kind == "avi" else [stream]
-        return min((float(t.frames * t.time_base) for t in tracks if 0 < t.frames < 2**30), default=None)
+        return min((float(t.frames * (t.time_base or 0)) for t in tracks if 0 < t.frames < 2**30), default=None)
     # An MP3 file says how long it is in the header that LAME and FFmpeg write, and only there when it starts. An MP4
     # file that does not count its packets is in fragments, and may have an index of these.
     if (
@@ -140,7 +140,7 @@ def _announced_duration(
         or (kind == "mp3" and stream.start_time)
         or (kind.startswith("mov") and stream.frames == 0)
     ):
-        return float(stream.duration * time_base) if stream.duration else None
+        return float(stream.duration * (stream.time_base or 0)) if stream.duration else None
     if kind.startswith("matroska"):
         # The tag is of the track; a tool that cuts a file may leave it as it was.
         tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))

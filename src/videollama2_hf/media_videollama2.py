@@ -452,7 +452,7 @@ def _check_video_end(media: str | bytes, name: str, last: int | None):
     """Refuse a video that is cut off, unless it lasts for `last` milliseconds."""
     with open_media(media) as container:
         stream = _video_stream(container, name)
-        begin = float((stream.start_time or 0) * stream.time_base)
+        begin = float((stream.start_time or 0) * (stream.time_base or 0))
         reached = max(map(packet_end, demux_packets(container, stream)), default=0.0)
         if last is None or reached - begin < last / 1000:
             _check_end(container, stream, name, reached)
