@@ -44,11 +44,11 @@ def test_notebook_snippets(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     notebook, again = blocks("python")
     code = notebook.replace("DAMO-NLP-SG/VideoLLaMA2.1-7B-AV", str(GOLDENS / "qwen2_siglip_beats_av" / "checkpoint"))
-    code = code.replace("torch.bfloat16", "torch.float32")  # near-ties of random weights
+    code = code.replace('"bfloat16"', '"float32"')  # near-ties of random weights
     code, again = (text.replace("max_new_tokens=128", "max_new_tokens=6") for text in (code, again))
     names: dict = {}
     exec(code, names)
-    assert len(notebook.strip().splitlines()) <= 15
+    assert len([line for line in notebook.splitlines() if line]) <= 15
     assert capsys.readouterr().out.strip()
     first = names["output"]
     exec(again, names)
