@@ -263,8 +263,9 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         )
 
     def _project(self, features: torch.Tensor) -> torch.Tensor:
-        # A connector that is trained may be in another dtype than the frozen tower.
-        return self.mm_projector(features.to(next(self.mm_projector.parameters()).dtype))
+        # A trained connector may be in another dtype than the frozen tower; a quantised one holds integers.
+        dtype = next(self.mm_projector.parameters()).dtype
+        return self.mm_projector(features.to(dtype) if dtype.is_floating_point else features)
 
     @can_return_tuple
     @auto_docstring
