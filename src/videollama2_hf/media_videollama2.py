@@ -196,8 +196,10 @@ def open_media(source: MediaSource) -> Iterator["av.container.InputContainer"]:
         raise MediaError(f"{name} is empty.")
     # The prefix keeps FFmpeg from taking a path such as "12:30.mp4" for the protocol "12".
     file = f"file:{media}" if isinstance(media, str) else io.BytesIO(media)
+    # Until PyAV 19 a title in another encoding than UTF-8 was an error unless told otherwise.
+    leniency = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
-        container = av.open(file, options={"format_whitelist": _FORMATS}, metadata_errors="ignore")
+        container = av.open(file, options={"format_whitelist": _FORMATS}, **leniency)
     except av.error.FFmpegError as error:
         raise MediaError(
             f"{name} is not a video or audio file that FFmpeg can read, or it is cut off before its index "
