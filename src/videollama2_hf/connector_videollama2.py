@@ -2,9 +2,8 @@
 Connectors: from the vision tower's patches to the language model's input.
 
 Every connector takes features of shape (videos, frames, patches, width), the patches of a square grid in row-major
-order, and returns tokens of shape (videos, tokens, hidden_size), ordered by time, then row, then column. How many
-tokens
-is `configuration_videollama2.get_num_visual_tokens`'s to say. Attribute names (`s1`, `sampler`, `readout`, ...) are
+order, and returns tokens of shape (videos, tokens, hidden_size), ordered by time, then row, then column; how many is
+given by `configuration_videollama2.get_num_visual_tokens`. Attribute names (`s1`, `sampler`, `readout`, ...) are
 those of the original's `videollama2/model/projector.py`: the checkpoints' keys depend on them.
 """
 

@@ -2,8 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,14 +10,6 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.generation import GenerationMixin
-from transformers.generation.logits_process import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto.modeling_auto import AutoModel
@@ -33,6 +24,13 @@ from .checkpoint_videollama2 import (
 )
 from .configuration_videollama2 import VideoLlama2Config
 from .connector_videollama2 import build_audio_connector, build_connector
+from .generation_videollama2 import (
+    MODALITIES,
+    MODEL_INPUTS,
+    VideoLlama2GenerationMixin,
+    describe_mismatch,
+    describe_missing_media,
+)
 from .modeling_beats import VideoLlama2AudioModel
 from .modeling_languagebind import LanguageBindVisionModel, check_whole_windows
 from .tokenization_videollama2 import HUB_ARGUMENTS
@@ -46,8 +44,6 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": _FOR_GENERATION,
     "AutoModelForCausalLM": _FOR_GENERATION,
 }
-MODALITIES = ("image", "video", "audio")
-MODEL_INPUTS = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
 
 
 @auto_docstring(custom_intro="Outputs of [`VideoLlama2Model`]: the language model's, and the encoded media.")
@@ -159,31 +155,10 @@ class VideoLlama2PreTrainedModel(PreTrainedModel):
         super()._initialize_weights(module, is_custom_code=False)
 
 
-def _lengths(features: torch.Tensor | Sequence[torch.Tensor]) -> list[int]:
-    """Tokens of every medium in a `pooler_output`."""
-    return [len(item) for item in features]
-
-
 def _check_shape(name: str, values: torch.Tensor, shape: str) -> None:
     if not isinstance(values, torch.Tensor) or values.ndim != shape.count(",") + 1:
         got = tuple(values.shape) if hasattr(values, "shape") else type(values).__name__
         raise ValueError(f"`{name}` must be a tensor of shape ({shape}), got {got}.")
-
-
-def _mismatch(modality: str, num_placeholders: int, features: torch.Tensor | Sequence[torch.Tensor]) -> str:
-    lengths = _lengths(features)
-    return (
-        f"The {modality} placeholders in `input_ids` and the {modality} features do not match: {num_placeholders} "
-        f"placeholders, {sum(lengths)} features ({lengths} per {modality}). Use the processor that was saved with the "
-        "model, and leave out media that are in the cache already."
-    )
-
-
-def _missing_media(modality: str) -> str:
-    return (
-        f"`input_ids` contain {modality} placeholders, but no {modality} was given: pass `{MODEL_INPUTS[modality]}` "
-        f"or the encoded {modality} in `mm_encoder_outputs`."
-    )
 
 
 def _build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
@@ -422,7 +397,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         num_placeholders = mask.sum()
         torch_compilable_check(
             num_placeholders == flat.shape[0],
-            lambda: _mismatch(modality, int(num_placeholders), features),
+            lambda: describe_mismatch(modality, int(num_placeholders), features),
         )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), flat), flat
 
@@ -479,7 +454,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
                         modality, encoded[modality].pooler_output, masks.get(modality), inputs_embeds
                     )
                 elif modality in masks:
-                    torch_compilable_check(~masks[modality].any(), _missing_media(modality))
+                    torch_compilable_check(~masks[modality].any(), describe_missing_media(modality))
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -502,39 +477,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         )
 
 
-class FiniteLogitsCheck(LogitsProcessor):
-    """Stops the generation when the model has broken down, instead of decoding the same token for ever."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not torch.isfinite(scores).all():
-            cause = (
-                "The usual cause is float16, which these models overflow: load with dtype=torch.bfloat16 (as trained) "
-                "or torch.float32."
-                if self.dtype == torch.float16
-                else f"The model runs in {self.dtype}, so look for NaN or Inf in its weights and inputs."
-            )
-            raise FloatingPointError(
-                f"The logits for token {input_ids.shape[1]} contain NaN or Inf. {cause} Pass "
-                "remove_invalid_values=True to generate all the same."
-            )
-        return scores
-
-
-class GeneratedTokensOnly(LogitsProcessor):
-    """Shows a processor that indexes the vocabulary by the ids seen so far only those behind the prompt."""
-
-    def __init__(self, processor: LogitsProcessor, prompt_length: int):
-        self.processor = processor
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return self.processor(input_ids[:, self.prompt_length :], scores)
-
-
-class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, GenerationMixin):
+class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, VideoLlama2GenerationMixin):
     """VideoLLaMA 2 (or Video-LLaVA) with its language modelling head: `generate` answers questions about media."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -656,87 +599,6 @@ class VideoLlama2ForConditionalGeneration(VideoLlama2PreTrainedModel, Generation
             audio_hidden_states=outputs.audio_hidden_states,
             router_logits=outputs.router_logits,
         )
-
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        # transformers encodes images and videos ahead of the loop, but not sound, and it writes into the caller's
-        # dictionary. Here all three are encoded once, and the caller's encodings stay as they are.
-        given = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
-        raw = {name: model_kwargs.pop(name, None) for name in (*MODEL_INPUTS.values(), "input_features_mask")}
-        for modality, name in MODEL_INPUTS.items():
-            if raw[name] is not None and given.get(modality) is not None:
-                raise ValueError(f"Pass either `{name}` or encoded media, `mm_encoder_outputs[{modality!r}]`.")
-        model_kwargs["mm_encoder_outputs"] = given | self.encode_media(**raw)
-        return model_kwargs
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs,
-    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        # A prompt whose media were forgotten would be answered all the same. What is in a cache already has its media.
-        cache = model_kwargs.get("past_key_values")
-        if input_ids is not None and (cache is None or cache.get_seq_length() == 0):
-            for modality, mask in self.model.get_placeholder_masks(input_ids).items():
-                if (model_kwargs.get("mm_encoder_outputs") or {}).get(modality) is None and mask.any():
-                    raise ValueError(_missing_media(modality))
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-
-    def _expand_multimodal_outputs(
-        self,
-        input_ids: torch.LongTensor | None,
-        mm_encoder_output: dict[str, BaseModelOutputWithPooling],
-        expand_size: int = 1,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> dict[str, BaseModelOutputWithPooling]:
-        # A row's media are repeated as a group, once for every copy of the row: [A B] -> [A B A B]. A row may have any
-        # number of them, so the placeholders say which belong to it.
-        if input_ids is not None and input_ids.numel() == 0:
-            input_ids = None
-        masks = self.model.get_placeholder_masks(input_ids, inputs_embeds)
-        expanded = {}
-        for modality, outputs in mm_encoder_output.items():
-            features = outputs.pooler_output
-            num_placeholders = int(masks[modality].sum())
-            if num_placeholders != sum(_lengths(features)):
-                raise ValueError(_mismatch(modality, num_placeholders, features))
-            ends = {end: i + 1 for i, end in enumerate(accumulate(_lengths(features)))}
-            row_ends = [ends.get(int(total), 0) for total in masks[modality].sum(-1).cumsum(0)]
-            order = [
-                item
-                for start, end in zip([0, *row_ends[:-1]], row_ends)
-                for _ in range(expand_size)
-                for item in range(start, end)
-            ]
-            items = [features[item] for item in order]
-            expanded[modality] = replace(
-                outputs, pooler_output=torch.stack(items) if isinstance(features, torch.Tensor) and items else items
-            )
-        return expanded
-
-    def _get_logits_processor(self, generation_config, input_ids_seq_length=None, **kwargs) -> LogitsProcessorList:
-        encoder_input_ids = kwargs.get("encoder_input_ids")
-        if encoder_input_ids is not None and encoder_input_ids.dim() == 2:
-            # Ids beyond the vocabulary cannot index the scores; -1 would switch these processors off for the whole
-            # prompt, so a placeholder stands for the row's first token, which is part of the prompt anyway.
-            is_text = encoder_input_ids < self.config.text_config.vocab_size
-            kwargs["encoder_input_ids"] = encoder_input_ids.where(is_text, encoder_input_ids[:, :1] * is_text[:, :1])
-        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
-        prompt_length = input_ids_seq_length or 0
-        for i, processor in enumerate(processors):
-            # The original generates from embeddings, so these two only ever see what was generated.
-            if isinstance(processor, RepetitionPenaltyLogitsProcessor):
-                processor.prompt_ignore_length = prompt_length
-            elif isinstance(processor, NoRepeatNGramLogitsProcessor):
-                processors[i] = GeneratedTokensOnly(processor, prompt_length)
-        if not generation_config.remove_invalid_values:
-            processors.insert(0, FiniteLogitsCheck(self.dtype))
-        placeholders = [getattr(self.config, f"{modality}_token_id") for modality in MODALITIES]
-        inside = [token_id for token_id in placeholders if token_id < self.config.text_config.vocab_size]
-        if inside:
-            processors.append(SuppressTokensLogitsProcessor(inside, device=kwargs.get("device")))
-        return processors
 
 
 # Of the base model: transformers applies it to that part of the model with a head, too.
