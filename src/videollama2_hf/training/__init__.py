@@ -9,6 +9,14 @@ from typing import Any
 
 
 _MODULE_OF = {
+    # rows of training data, as model inputs, as batches
+    "DataSource": "data",
+    "RowEncoder": "encoding",
+    "VideoLlama2DataCollator": "collator",
+    "VideoLlama2Dataset": "dataset",
+    "VideoLlama2IterableDataset": "dataset",
+    "load_rows": "data",
+    "to_messages": "conversations",
     # which parts train
     "PARTS": "stages",
     "count_parameters": "stages",
@@ -27,8 +35,8 @@ _MODULE_OF = {
     "ModalityLengthGroupedSampler": "samplers",
     "ModalityMixSampler": "samplers",
     "get_row_modality": "samplers",
+    "get_signed_word_count": "samplers",
     # recipes, and running them
-    "DataSource": "recipe",
     "Recipe": "recipe",
     "VideoLlama2Trainer": "trainer",
     "VideoLlama2TrainingArguments": "trainer",
