@@ -276,13 +276,22 @@ def add_placeholder_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_tokens(list(PLACEHOLDER_TOKENS), special_tokens=True)
 
 
-def convert_original_config(config_dict: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+def convert_original_config(
+    config_dict: dict[str, Any],
+    checkpoint: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    towers: dict[str, str] | None = None,
+    tensor_shapes: dict[str, tuple[int, ...]] | None = None,
+) -> dict[str, Any]:
     """
     The arguments of [`VideoLlama2Config`] for an original checkpoint's `config.json`.
 
     Args:
         config_dict: The content of `config.json`.
         checkpoint: The folder or Hub repository it came from; towers and tokenizer are looked up there.
+        tokenizer: The tokenizer, if it is not that of `checkpoint`.
+        towers: Folders or repositories to read instead of towers that `config.json` names.
+        tensor_shapes: Shapes of the audio tower's tensors, if they are not those of `checkpoint`.
 
     Raises:
         ValueError: The configuration is one that the original cannot run either.
@@ -302,9 +311,10 @@ def convert_original_config(config_dict: dict[str, Any], checkpoint: str) -> dic
             f"config.json of {checkpoint} has model_type {config_dict['model_type']!r} but names no vision tower "
             "(`mm_vision_tower`); it does not describe a whole VideoLLaMA 2 model."
         )
+    towers = towers or {}
     converted = {
         "text_config": text_config,
-        "vision_config": _tower_config(checkpoint, tower, _tower_kind(tower)),
+        "vision_config": _tower_config(checkpoint, towers.get(tower, tower), _tower_kind(tower)),
         "connector_type": config_dict.get("mm_projector_type", "linear"),
         "vision_feature_layer": config_dict.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": (
@@ -314,17 +324,21 @@ def convert_original_config(config_dict: dict[str, Any], checkpoint: str) -> dic
         "dtype": config_dict.get("dtype", config_dict.get("torch_dtype")),
     }
     if is_video_llava:
-        converted["video_config"] = _tower_config(checkpoint, config_dict["mm_video_tower"], "languagebind")
+        tower = config_dict["mm_video_tower"]
+        converted["video_config"] = _tower_config(checkpoint, towers.get(tower, tower), "languagebind")
         converted["video_feature_select_strategy"] = "full"  # the original's video tower ignores the option
         converted["connector_type"] = {"mlp2x_gelu": "frame_mlp2x_gelu"}.get(
             converted["connector_type"], converted["connector_type"]
         )
     if config_dict.get("mm_audio_tower") is not None:
-        converted["audio_config"] = infer_audio_config(read_tensor_shapes(checkpoint))
+        if tensor_shapes is None:
+            tensor_shapes = read_tensor_shapes(checkpoint)
+        converted["audio_config"] = infer_audio_config(tensor_shapes)
         converted["audio_connector_type"] = config_dict.get("mm_projector_a_type", "linear")
 
     try:
-        tokenizer = load_original_tokenizer(checkpoint, config_dict)
+        if tokenizer is None:
+            tokenizer = load_original_tokenizer(checkpoint, config_dict)
         ids = tokenizer.convert_tokens_to_ids(list(PLACEHOLDER_TOKENS))
     except (OSError, ValueError):  # a folder of weights only: behind the vocabulary, as for a tokenizer of that size
         ids = [config_dict["vocab_size"] + i for i in range(3)]
@@ -332,14 +346,18 @@ def convert_original_config(config_dict: dict[str, Any], checkpoint: str) -> dic
     return converted
 
 
-def load_original_image_processor_config(config_dict: dict[str, Any], checkpoint: str) -> dict[str, Any] | None:
+def load_original_image_processor_config(
+    config_dict: dict[str, Any], checkpoint: str, towers: dict[str, str] | None = None
+) -> dict[str, Any] | None:
     """
     `preprocessor_config.json` of the vision tower that an original checkpoint names (not of the checkpoint, which the
-    original does not read). `None` for LanguageBind's towers, whose preprocessing is code.
+    original does not read). `None` for LanguageBind's towers, whose preprocessing is code. See
+    [`convert_original_config`] for the arguments.
     """
     tower = config_dict.get("mm_vision_tower")
     if tower is None or _tower_kind(tower) == "languagebind":
         return None
+    tower = (towers or {}).get(tower, tower)
     if tower in _KNOWN_TOWERS:
         return _KNOWN_TOWERS[tower][1]
     path = _find_file(checkpoint, tower, "preprocessor_config.json")

@@ -1,0 +1,295 @@
+"""Original checkpoints to safetensors that transformers load, written tensor by tensor and published in one step."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..modeling_videollama2 import AUTO_MAP
+from ..processing_videollama2 import VideoLlama2Processor
+from .plan import Plan, PlannedTensor, build_meta_model, build_plan
+from .sources import open_source
+from .tensors import (
+    DTYPES,
+    ConversionError,
+    SafetensorsWriter,
+    as_bytes,
+    is_finite,
+    read_safetensors_header,
+)
+
+
+ORIGINAL_FOLDER = "original"
+LAYOUT_FILE = "layout.json"
+LEFT_OUT_FILE = "left_out_tensors.safetensors"
+DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes
+
+_PLAN_FILE, _LOCK_FILE = ".plan.json", ".lock"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_LARGEST_SMALL_FILE = 50 * 2**20  # bytes
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    audio_tower: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Plan:
+    """
+    Converts an original checkpoint of VideoLLaMA 2.
+
+    Args:
+        checkpoint: Folder or Hub repository; see [`open_source`] for this and the next arguments.
+        output: The folder to be made. It appears when everything in it is complete.
+        dtype: Dtype of the weights, as PyTorch names it; `None`: each tensor keeps its own, byte for byte.
+        max_shard_size: Largest size of a weight file, in bytes.
+        resume: Whether to go on with a conversion that was interrupted.
+        overwrite: Whether to replace `output`, and what an interrupted conversion left.
+
+    Raises:
+        ConversionError: The checkpoint is not what it should be; nothing is left behind.
+        FileExistsError: `output` is there already.
+        OSError: It could not be written; `resume` goes on.
+    """
+    plan = build_plan(open_source(checkpoint, revision, base, vision_tower, audio_tower), dtype)
+    write_checkpoint(plan, Path(output), max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
+    return plan
+
+
+def write_checkpoint(
+    plan: Plan,
+    output: Path,
+    *,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Carries a plan out; see [`convert_checkpoint`]."""
+    shards = plan.shards(max_shard_size)
+    fingerprint = _fingerprint(plan, max_shard_size)
+    with published_folder(output, fingerprint, resume=resume, overwrite=overwrite) as folder:
+        names = [SAFE_WEIGHTS_NAME]
+        if len(shards) > 1:
+            stem = SAFE_WEIGHTS_NAME.removesuffix(".safetensors")
+            names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        done = {name for name in names if (folder / name).is_file()}
+        size = sum(tensor.nbytes for shard, name in zip(shards, names) if name not in done for tensor in shard)
+        check_space(folder, size)
+        not_finite: list[str] = []
+        with progress_bar("converting", plan.nbytes) as progress:
+            for name, shard in zip(names, shards):
+                if name in done:
+                    progress.update(sum(tensor.nbytes for tensor in shard))
+                    continue
+                entries = [(tensor.target, tensor.dtype, tensor.shape) for tensor in shard]
+                with SafetensorsWriter(folder / name, entries) as writer:
+                    for tensor in shard:
+                        if not _write_tensor(tensor, writer, progress):
+                            not_finite.append(tensor.source.name)
+        if not_finite:
+            raise ConversionError(
+                f"{plan.source.folder} holds values that are not finite (NaN or infinite, perhaps after the change of "
+                f"dtype) in {len(not_finite)} tensors:\n" + "\n".join(f"  {name}" for name in not_finite)
+            )
+        if len(shards) > 1:
+            weight_map = {tensor.target: name for name, shard in zip(names, shards) for tensor in shard}
+            index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        _write_model_files(plan, folder)
+        _write_original(plan, folder)
+
+
+def _write_tensor(tensor: PlannedTensor, writer: SafetensorsWriter, progress: tqdm) -> bool:
+    """Whether all values were finite."""
+    finite = True
+    if tensor.is_copy:
+        left = tensor.nbytes
+        for chunk in tensor.source.chunks():
+            chunk = chunk[:left]
+            finite = finite and is_finite(chunk, tensor.dtype)
+            writer.write(chunk)
+            progress.update(len(chunk))
+            left -= len(chunk)
+            if not left:
+                break
+        return finite
+    values = tensor.source.load()[: tensor.rows]
+    if tensor.change is not None:
+        values = tensor.change.merge(values, DTYPES[tensor.dtype])
+    data = as_bytes(values.to(DTYPES[tensor.dtype]))
+    finite = is_finite(data, tensor.dtype)
+    writer.write(data)
+    progress.update(len(data))
+    return finite
+
+
+def _write_model_files(plan: Plan, folder: Path) -> None:
+    """Everything beside the weights that loading needs: configurations, tokenizer, processor, code."""
+    source = plan.source
+    config = source.config
+    config.architectures = ["VideoLlama2ForConditionalGeneration"]
+    config.auto_map = dict(AUTO_MAP)
+    config.dtype = plan.dtype
+    custom_object_save(build_meta_model(config), folder, config=config)
+    config.save_pretrained(folder)
+    processor = VideoLlama2Processor.from_config(config, source.tokenizer, source.vision_preprocessor)
+    processor.save_pretrained(folder)
+    generation_config = source.language_model_folder / GENERATION_CONFIG_NAME
+    if generation_config.is_file():  # kept word for word, a repetition penalty included
+        shutil.copyfile(generation_config, folder / GENERATION_CONFIG_NAME)
+
+
+def _write_original(plan: Plan, folder: Path) -> None:
+    """`original/`: the small files of the source and the layout of its weights, from which it can be written again."""
+    source, target = plan.source, folder / ORIGINAL_FOLDER
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for path in sorted(source.folder.rglob("*")):
+        relative = path.relative_to(source.folder)
+        if (
+            path.is_file()
+            and path.suffix not in _WEIGHT_SUFFIXES
+            and not any(part.startswith(".") for part in relative.parts)
+            and path.stat().st_size <= _LARGEST_SMALL_FILE
+        ):
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)
+    where = {id(tensor.source): tensor.target for tensor in plan.tensors}
+    where |= {id(item.source): item.same_as for item in plan.left_out if item.same_as is not None}
+    files: dict[str, dict[str, Any]] = {}
+    kept: dict[str, torch.Tensor] = {}
+    for part in source.parts:
+        for name, tensor in part.tensors.items():
+            if part.folder != source.folder or not tensor.file.is_relative_to(source.folder):
+                continue
+            filename = tensor.file.relative_to(source.folder).as_posix()
+            entry = files.setdefault(filename, {"tensors": {}})
+            if id(tensor) in where:
+                entry["tensors"][name] = where[id(tensor)]
+            else:
+                entry["tensors"][name] = None
+                kept[f"{filename}:{name}"] = tensor.load().clone()
+    for filename, entry in files.items():
+        if filename.endswith(".safetensors"):
+            entry["header"] = read_safetensors_header(source.folder / filename)[0].decode()
+    if kept:
+        save_file(kept, target / LEFT_OUT_FILE)
+    layout = {"kind": source.kind, "files": files}
+    (target / LAYOUT_FILE).write_text(json.dumps(layout, indent=1) + "\n")
+
+
+def _fingerprint(plan: Plan, max_shard_size: int) -> str:
+    """Changes with anything that the weights depend on."""
+    files = sorted({tensor.source.file for tensor in plan.tensors})
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    content = json.dumps([plan.to_dict()["tensors"], stats, max_shard_size])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def check_space(folder: Path, size: int) -> None:
+    """
+    Raises:
+        OSError: There is not enough space for that many bytes.
+    """
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            f"The disk of {folder} has {free / 1e9:.1f} GB left, {size / 1e9:.1f} GB are needed. Make space or choose "
+            "another --output."
+        )
+
+
+def progress_bar(title: str, total: int) -> tqdm:
+    """Bytes, speed and time left; silent where the output is no terminal or progress bars are switched off."""
+    disable = True if constants.HF_HUB_DISABLE_PROGRESS_BARS else None
+    return tqdm(desc=title, total=total, unit="B", unit_scale=True, unit_divisor=1000, disable=disable)
+
+
+@contextmanager
+def published_folder(
+    output: Path, fingerprint: str, *, resume: bool = False, overwrite: bool = False
+) -> Iterator[Path]:
+    """
+    A temporary folder beside `output` that takes its name when the block ends well. What an interruption leaves can be
+    resumed if the fingerprint is still the same; an input error leaves nothing.
+    """
+    output = output.absolute()
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is there already. Choose another --output, or replace it with --overwrite.")
+    folder = output.with_name(f".{output.name}.partial")
+    if folder.exists() and not (resume or overwrite):
+        raise FileExistsError(
+            f"A conversion to {output} was interrupted or is running ({folder}). Go on with --resume, or begin again "
+            "with --overwrite."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / _LOCK_FILE, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(f"Another process is converting to {output} now. Wait for it to end.") from None
+    try:
+        plan_file = folder / _PLAN_FILE
+        if overwrite and not resume:
+            _clear(folder)
+        elif plan_file.is_file() and plan_file.read_text() != fingerprint:
+            raise ConversionError(
+                f"The conversion in {folder} was of other files or options. Begin again with --overwrite."
+            )
+        plan_file.write_text(fingerprint)
+        try:
+            yield folder
+        except (ValueError, KeyError):
+            _clear(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        plan_file.unlink()
+        _sync(folder)
+        replaced = None
+        if output.exists():
+            replaced = output.with_name(f".{output.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(output, replaced)
+        os.rename(folder, output)
+        (output / _LOCK_FILE).unlink(missing_ok=True)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    finally:
+        lock.release()
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _LOCK_FILE:
+            path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    """Waits until all files are on the disk, so that a complete folder is what its name says after a power cut too."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

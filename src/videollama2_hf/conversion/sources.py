@@ -1,0 +1,336 @@
+"""What an original checkpoint consists of: which files hold which of its weights, under which names."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+
+from ..checkpoint_videollama2 import (
+    ORIGINAL_MODEL_TYPES,
+    convert_original_config,
+    is_original_config,
+    load_original_image_processor_config,
+    load_original_tokenizer,
+)
+from ..configuration_videollama2 import VideoLlama2Config
+from .lora import Adapter, read_adapter
+from .tensors import ConversionError, StoredTensor, from_state_dict, load_pickle, read_file, read_folder
+
+
+# Files of a repository that a conversion can need; the rest (optimizer states, videos) is not downloaded.
+_DOWNLOADED = ["*.json", "*.model", "*.txt", "*.safetensors", "*.bin", "*.pt", "*.jinja"]
+PROJECTOR_FILE, AUDIO_PROJECTOR_FILE, AUDIO_TOWER_FILE = "mm_projector.bin", "mm_projector_a.bin", "audio_tower.bin"
+NON_LORA_FILE, ADAPTER_CONFIG_FILE = "non_lora_trainables.bin", "adapter_config.json"
+
+BUFFER = "a buffer that old versions of transformers saved; it is computed"
+TEXT_HALF = "the text half of the tower's repository"
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A tensor that is left out on purpose."""
+
+    reason: str
+
+
+@dataclass
+class Part:
+    """
+    The weights from one place.
+
+    Args:
+        label: What it is, for people.
+        folder: Where it lies; names in reports are relative to it.
+        tensors: What is in its files.
+        rename: The name in the converted checkpoint, or why there is none.
+    """
+
+    label: str
+    folder: Path
+    tensors: dict[str, StoredTensor]
+    rename: Callable[[str], str | Dropped]
+
+
+@dataclass
+class Source:
+    """
+    An original checkpoint, ready to be planned.
+
+    Args:
+        kind: `"full"`, `"projector"` (Base), or `"lora"`.
+        folder: The checkpoint's folder.
+        config_dict: Its `config.json`.
+        config: The same as this package's configuration.
+        parts: Its weights; where several hold a tensor, the first one counts.
+        tokenizer: The language model's tokenizer with the placeholder tokens.
+        vision_preprocessor: `preprocessor_config.json` of the vision tower.
+        language_model_folder: Where tokenizer and generation configuration were read.
+        adapter: LoRA weights to be merged.
+        rows: Tensors of which only the first rows are taken.
+        notes: What a reader of the result should know.
+    """
+
+    kind: str
+    folder: Path
+    config_dict: dict[str, Any]
+    config: VideoLlama2Config
+    parts: list[Part]
+    tokenizer: PreTrainedTokenizerBase
+    vision_preprocessor: dict[str, Any] | None
+    language_model_folder: Path
+    adapter: Adapter | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def fetch(name: str | Path, revision: str | None = None) -> Path:
+    """
+    The folder of a checkpoint: itself, or the downloaded repository of that name.
+
+    Raises:
+        ConversionError: There is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_file():
+        raise ConversionError(f"{name} is a file; pass the folder it lies in.")
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=_DOWNLOADED))
+    except HFValidationError:
+        raise ConversionError(f"There is no folder {name}, and it is not the name of a Hub repository.") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConversionError(
+            f"{name} is no folder here and could not be downloaded from the Hub ({reason}). Check the spelling, the "
+            "network and your access, or pass a folder."
+        ) from None
+
+
+def find_named(reference: str, folder: Path) -> Path:
+    """The folder of something that a `config.json` refers to, by a path relative to it or to its parent, or a name."""
+    for candidate in (folder / reference, folder.parent / reference):
+        if candidate.is_dir():
+            return candidate
+    return fetch(reference)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint; an intermediate one (`checkpoint-N`) may have it in the folder above."""
+    for candidate in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+        path = candidate / CONFIG_NAME
+        if path.is_file():
+            try:
+                config_dict = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConversionError(f"{path} is not JSON: {error}.") from None
+            if isinstance(config_dict, dict):
+                return config_dict
+    raise ConversionError(f"{folder} has no {CONFIG_NAME}, so it is not a checkpoint of VideoLLaMA 2 or Video-LLaVA.")
+
+
+def open_source(
+    checkpoint: str | Path,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    audio_tower: str | Path | None = None,
+) -> Source:
+    """
+    Reads what an original checkpoint of VideoLLaMA 2 consists of; weights are only listed.
+
+    Args:
+        checkpoint: Folder or Hub repository: a full checkpoint, a projector ("Base"), a LoRA result, or an
+            intermediate `checkpoint-N`.
+        revision: Branch, tag or commit of the repository.
+        base: The language model (or full checkpoint) that a projector or LoRA result goes with. `None`: what its
+            configuration names.
+        vision_tower: Folder or repository of the vision tower. `None`: what the configuration names; needed only where
+            the weights do not hold the tower.
+        audio_tower: A file of BEATs, Microsoft's `.pt` or the original's `audio_tower.bin`, to be used instead of what
+            lies in the checkpoint.
+
+    Raises:
+        ConversionError: It is none of these, or something that it needs is missing.
+    """
+    folder = fetch(checkpoint, revision)
+    config_dict = read_config(folder)
+    _check_model_type(config_dict, folder)
+    weights = read_folder(folder) if not (folder / ADAPTER_CONFIG_FILE).is_file() else {}
+    adapter, parts, language_model_folder = None, [], folder
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        kind, adapter = "lora", read_adapter(folder)
+        trained = folder / NON_LORA_FILE
+        if trained.is_file():
+            parts.append(Part(f"trained beside LoRA ({NON_LORA_FILE})", folder, read_file(trained), _strip_peft))
+        if adapter.full:
+            parts.append(Part("whole modules saved by PEFT", folder, adapter.full, keep_name))
+    elif weights:
+        kind = "full"
+        parts.append(Part("checkpoint", folder, weights, keep_name))
+    elif (projector := find_projector(folder)) is not None:
+        kind = "projector"
+        parts.append(Part(f"projector ({projector.name})", folder, read_file(projector), keep_name))
+    else:
+        raise ConversionError(
+            f"{folder} holds no weights that are known: neither model*.safetensors or pytorch_model*.bin (a full "
+            f"checkpoint), nor {PROJECTOR_FILE} (a Base checkpoint), nor {ADAPTER_CONFIG_FILE} (LoRA)."
+        )
+
+    if kind != "full":
+        base = base or config_dict.get("_name_or_path") or (adapter and adapter.base)
+        if not base:
+            raise ConversionError(f"{folder} is a part of a model and does not name its base. Pass it: --base PATH.")
+        try:
+            language_model_folder = find_named(str(base), folder)
+        except ConversionError as error:
+            what = "a LoRA adapter" if kind == "lora" else "only a projector"
+            raise ConversionError(
+                f"{folder} holds {what} and needs its base model. {error} Pass the base: --base PATH."
+            ) from None
+        tensors = read_folder(language_model_folder)
+        if not tensors:
+            raise ConversionError(f"The base {language_model_folder} holds no weights. Pass another: --base PATH.")
+        parts.append(Part("base", language_model_folder, tensors, keep_name))
+
+    notes: list[str] = []
+    audio = config_dict.get("mm_audio_tower") is not None or audio_tower is not None
+    audio_overrides: dict[str, Any] = {}
+    if audio:
+        config_dict = {**config_dict, "mm_audio_tower": config_dict.get("mm_audio_tower") or str(audio_tower)}
+        for name in (AUDIO_TOWER_FILE, AUDIO_PROJECTOR_FILE):
+            if (folder / name).is_file():
+                parts.append(Part(name, folder, read_file(folder / name), keep_name))
+        if audio_tower is not None:
+            part, audio_overrides = read_audio_tower(Path(audio_tower))
+            parts.insert(0, part)
+
+    towers = {}
+    if vision_tower is not None:
+        towers[config_dict["mm_vision_tower"]] = str(vision_tower)
+    if not _has(parts, "model.vision_tower."):
+        parts.append(_vision_tower_part(config_dict, folder, vision_tower))
+
+    shapes = {target: tensor.shape for part in reversed(parts) for target, tensor in named(part)}
+    tokenizer = _load_tokenizer(language_model_folder, config_dict)
+    try:
+        arguments = convert_original_config(config_dict, str(folder), tokenizer, towers, shapes)
+        preprocessor = load_original_image_processor_config(config_dict, str(folder), towers)
+        if audio and not arguments["audio_config"]:
+            raise ConversionError(
+                f"The configuration of {folder} names an audio tower, but its weights are nowhere: neither in the "
+                f"checkpoint nor in {AUDIO_TOWER_FILE}. Pass them: --audio-tower FILE."
+            )
+        arguments.get("audio_config", {}).update(audio_overrides)
+        config = VideoLlama2Config(**arguments)
+    except (OSError, KeyError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        message = f"{CONFIG_NAME} of {folder} lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ConversionError(message) from None
+    return Source(
+        kind, folder, config_dict, config, parts, tokenizer, preprocessor, language_model_folder, adapter, notes=notes
+    )
+
+
+def _check_model_type(config_dict: dict[str, Any], folder: Path) -> None:
+    if is_original_config(config_dict):
+        return
+    model_type = config_dict.get("model_type")
+    if model_type == "videollama2":
+        raise ConversionError(f"{folder} is converted already; transformers loads it as it is.")
+    known = ", ".join(sorted(name for name in ORIGINAL_MODEL_TYPES if name != "llava"))
+    raise ConversionError(
+        f"{folder} has model_type {model_type!r}, which is not an original checkpoint of VideoLLaMA 2 ({known})."
+    )
+
+
+def _load_tokenizer(folder: Path, config_dict: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        return load_original_tokenizer(str(folder), config_dict)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConversionError(f"The tokenizer in {folder} cannot be read: {reason}") from None
+
+
+def keep_name(name: str) -> str | Dropped:
+    """VideoLLaMA 2's own keys are kept, but for buffers."""
+    if name.endswith((".position_ids", ".rotary_emb.inv_freq")):
+        return Dropped(BUFFER)
+    return name
+
+
+def _strip_peft(name: str) -> str | Dropped:
+    # The original strips "base_model." and then one "model." (`load_pretrained_model`).
+    return keep_name(
+        name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name
+    )
+
+
+def _strip_tower(name: str) -> str | Dropped:
+    """Names in the repository of a CLIP or SigLIP model."""
+    dropped = keep_name(name)
+    if isinstance(dropped, Dropped):
+        return dropped
+    if name.startswith(("text_model.", "text_projection.", "visual_projection.")) or name.startswith("logit_"):
+        return Dropped(TEXT_HALF)
+    return f"model.vision_tower.vision_tower.vision_model.{name.removeprefix('vision_model.')}"
+
+
+def named(part: Part) -> Iterable[tuple[str, StoredTensor]]:
+    """The tensors of a part that are kept, by their names in the converted checkpoint."""
+    for name, tensor in part.tensors.items():
+        target = part.rename(name)
+        if not isinstance(target, Dropped):
+            yield target, tensor
+
+
+def _has(parts: list[Part], prefix: str) -> bool:
+    return any(target.startswith(prefix) for part in parts for target, _ in named(part))
+
+
+def find_projector(folder: Path) -> Path | None:
+    """`mm_projector.bin`; that of an intermediate checkpoint may lie in `<parent>/mm_projector/checkpoint-N.bin`."""
+    beside = folder.parent / "mm_projector" / f"{folder.name}.bin"
+    return next((path for path in (folder / PROJECTOR_FILE, beside) if path.is_file()), None)
+
+
+def _vision_tower_part(config_dict: dict[str, Any], folder: Path, vision_tower: str | Path | None) -> Part:
+    name = config_dict.get("mm_vision_tower")
+    if name is None:
+        raise ConversionError(f"{CONFIG_NAME} of {folder} names no vision tower (`mm_vision_tower`).")
+    try:
+        tower = fetch(vision_tower) if vision_tower is not None else find_named(name, folder)
+        tensors = read_folder(tower)
+    except ConversionError as error:
+        raise ConversionError(
+            f"The weights do not hold the vision tower {name!r}. {error} Pass the tower: --vision-tower PATH."
+        ) from None
+    if not tensors:
+        raise ConversionError(f"The vision tower {tower} holds no weights. Pass another: --vision-tower PATH.")
+    return Part("vision tower", tower, tensors, _strip_tower)
+
+
+def read_audio_tower(path: Path) -> tuple[Part, dict[str, Any]]:
+    """BEATs from Microsoft's `.pt` (`cfg` and `model`) or the original's `audio_tower.bin`; and what `cfg` adds."""
+    if not path.is_file():
+        raise ConversionError(f"There is no file {path}; --audio-tower takes a file of BEATs.")
+    content = load_pickle(path)
+    if isinstance(content, dict) and set(content) >= {"cfg", "model"}:
+        cfg = content["cfg"]
+        unsupported = {
+            name: cfg[name]
+            for name, value in (("layer_norm_first", False), ("deep_norm", True), ("activation_fn", "gelu"))
+            if cfg.get(name, value) != value
+        }
+        if unsupported:
+            raise ConversionError(f"{path} is a BEATs with {unsupported}, which VideoLLaMA 2 does not use.")
+        tensors = from_state_dict(content["model"], path)
+        overrides = {"max_distance": cfg["max_distance"]} if "max_distance" in cfg else {}
+        return Part(f"BEATs ({path.name})", path.parent, tensors, lambda name: f"model.audio_tower.{name}"), overrides
+    return Part(f"audio tower ({path.name})", path.parent, from_state_dict(content, path), keep_name), {}
