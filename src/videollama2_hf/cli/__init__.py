@@ -10,6 +10,7 @@ import sys
 import typer
 
 from .convert import convert
+from .train import train
 
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(convert)
+app.command()(train)
 
 
 @app.callback()

@@ -138,9 +138,14 @@ def get_optimizer_groups(
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Per part of the model: (trainable, all) parameters; tied ones count once, where they first stand."""
+    """
+    Per part of the model: (trainable, all) parameters. Tied ones count once, where they first stand, and the copy that
+    PEFT keeps of a part that trains whole does not count.
+    """
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue
         part = next((part for part in PARTS if part in name.split(".")), "other")
         trainable, total = counts.get(part, (0, 0))
         size = _num_elements(parameter)
