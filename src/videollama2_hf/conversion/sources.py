@@ -73,6 +73,9 @@ class Source:
         language_model_folder: Where tokenizer and generation configuration were read.
         adapter: LoRA weights to be merged.
         rows: Tensors of which only the first rows are taken.
+        generation_config: To be written instead of the language model's `generation_config.json`, where that does not
+            fit the converted model.
+        one_way: Why there is no way back to the source's layout; `None`: there is.
         notes: What a reader of the result should know.
     """
 
@@ -86,6 +89,8 @@ class Source:
     language_model_folder: Path
     adapter: Adapter | None = None
     rows: dict[str, int] = field(default_factory=dict)
+    generation_config: dict[str, Any] | None = None
+    one_way: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -140,9 +145,10 @@ def open_source(
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     audio_tower: str | Path | None = None,
+    video_tower: str | Path | None = None,
 ) -> Source:
     """
-    Reads what an original checkpoint of VideoLLaMA 2 consists of; weights are only listed.
+    Reads what an original checkpoint of VideoLLaMA 2 or Video-LLaVA consists of; weights are only listed.
 
     Args:
         checkpoint: Folder or Hub repository: a full checkpoint, a projector ("Base"), a LoRA result, or an
@@ -151,52 +157,26 @@ def open_source(
         base: The language model (or full checkpoint) that a projector or LoRA result goes with. `None`: what its
             configuration names.
         vision_tower: Folder or repository of the vision tower. `None`: what the configuration names; needed only where
-            the weights do not hold the tower.
+            the weights do not hold the tower. For Video-LLaVA see [`open_video_llava_source`].
         audio_tower: A file of BEATs, Microsoft's `.pt` or the original's `audio_tower.bin`, to be used instead of what
             lies in the checkpoint.
+        video_tower: Video-LLaVA's tower of videos; see [`open_video_llava_source`].
 
     Raises:
         ConversionError: It is none of these, or something that it needs is missing.
     """
     folder = fetch(checkpoint, revision)
     config_dict = read_config(folder)
-    _check_model_type(config_dict, folder)
-    weights = read_folder(folder) if not (folder / ADAPTER_CONFIG_FILE).is_file() else {}
-    adapter, parts, language_model_folder = None, [], folder
-    if (folder / ADAPTER_CONFIG_FILE).is_file():
-        kind, adapter = "lora", read_adapter(folder)
-        trained = folder / NON_LORA_FILE
-        if trained.is_file():
-            parts.append(Part(f"trained beside LoRA ({NON_LORA_FILE})", folder, read_file(trained), _strip_peft))
-        if adapter.full:
-            parts.append(Part("whole modules saved by PEFT", folder, adapter.full, keep_name))
-    elif weights:
-        kind = "full"
-        parts.append(Part("checkpoint", folder, weights, keep_name))
-    elif (projector := find_projector(folder)) is not None:
-        kind = "projector"
-        parts.append(Part(f"projector ({projector.name})", folder, read_file(projector), keep_name))
-    else:
-        raise ConversionError(
-            f"{folder} holds no weights that are known: neither model*.safetensors or pytorch_model*.bin (a full "
-            f"checkpoint), nor {PROJECTOR_FILE} (a Base checkpoint), nor {ADAPTER_CONFIG_FILE} (LoRA)."
-        )
+    if is_video_llava(config_dict):
+        from .video_llava import open_video_llava_source  # here, because that module builds on this one
 
-    if kind != "full":
-        base = base or config_dict.get("_name_or_path") or (adapter and adapter.base)
-        if not base:
-            raise ConversionError(f"{folder} is a part of a model and does not name its base. Pass it: --base PATH.")
-        try:
-            language_model_folder = find_named(str(base), folder)
-        except ConversionError as error:
-            what = "a LoRA adapter" if kind == "lora" else "only a projector"
-            raise ConversionError(
-                f"{folder} holds {what} and needs its base model. {error} Pass the base: --base PATH."
-            ) from None
-        tensors = read_folder(language_model_folder)
-        if not tensors:
-            raise ConversionError(f"The base {language_model_folder} holds no weights. Pass another: --base PATH.")
-        parts.append(Part("base", language_model_folder, tensors, keep_name))
+        if audio_tower is not None:
+            raise ConversionError(f"{folder} is Video-LLaVA, which does not hear; leave --audio-tower out.")
+        return open_video_llava_source(folder, config_dict, base, vision_tower, video_tower)
+    if video_tower is not None:
+        raise ConversionError(f"{folder} is not Video-LLaVA, so it has no --video-tower; use --vision-tower.")
+    _check_model_type(config_dict, folder)
+    kind, parts, adapter, language_model_folder = read_parts(folder, config_dict, base)
 
     notes: list[str] = []
     audio = config_dict.get("mm_audio_tower") is not None or audio_tower is not None
@@ -238,6 +218,11 @@ def open_source(
     )
 
 
+def is_video_llava(config_dict: dict[str, Any]) -> bool:
+    """Whether a `config.json` is that of Video-LLaVA, the original's or that of transformers' own port."""
+    return config_dict.get("model_type") == "video_llava" or "mm_video_tower" in config_dict
+
+
 def _check_model_type(config_dict: dict[str, Any], folder: Path) -> None:
     if is_original_config(config_dict):
         return
@@ -262,14 +247,20 @@ def keep_name(name: str) -> str | Dropped:
     """VideoLLaMA 2's own keys are kept, but for buffers."""
     if name.endswith((".position_ids", ".rotary_emb.inv_freq")):
         return Dropped(BUFFER)
+    return complete_name(name)
+
+
+def complete_name(name: str) -> str:
+    """transformers leaves `vision_model.` out of the vision tower's keys if it saves a model that it did not load."""
+    prefix = "model.vision_tower.vision_tower."
+    if name.startswith(prefix) and not name.startswith(f"{prefix}vision_model."):
+        return f"{prefix}vision_model.{name.removeprefix(prefix)}"
     return name
 
 
-def _strip_peft(name: str) -> str | Dropped:
+def _strip_peft(name: str) -> str:
     # The original strips "base_model." and then one "model." (`load_pretrained_model`).
-    return keep_name(
-        name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name
-    )
+    return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name
 
 
 def _strip_tower(name: str) -> str | Dropped:
@@ -280,6 +271,55 @@ def _strip_tower(name: str) -> str | Dropped:
     if name.startswith(("text_model.", "text_projection.", "visual_projection.")) or name.startswith("logit_"):
         return Dropped(TEXT_HALF)
     return f"model.vision_tower.vision_tower.vision_model.{name.removeprefix('vision_model.')}"
+
+
+def read_parts(
+    folder: Path,
+    config_dict: dict[str, Any],
+    base: str | Path | None,
+    rename: Callable[[str], str | Dropped] = keep_name,
+) -> tuple[str, list[Part], Adapter | None, Path]:
+    """
+    The weights of a checkpoint and of its base: their kind, their parts, LoRA to be merged, and the folder of the
+    language model. See [`Source`]; `rename` is that of every [`Part`].
+    """
+    adapter, parts = None, []
+    is_lora = (folder / ADAPTER_CONFIG_FILE).is_file()
+    weights = {} if is_lora else read_folder(folder)
+    if is_lora:
+        kind, adapter = "lora", read_adapter(folder)
+        trained = folder / NON_LORA_FILE
+        if trained.is_file():
+            label = f"trained beside LoRA ({NON_LORA_FILE})"
+            parts.append(Part(label, folder, read_file(trained), lambda name: rename(_strip_peft(name))))
+        if adapter.full:
+            parts.append(Part("whole modules saved by PEFT", folder, adapter.full, rename))
+    elif weights:
+        return "full", [Part("checkpoint", folder, weights, rename)], None, folder
+    elif (projector := find_projector(folder)) is not None:
+        kind = "projector"
+        parts.append(Part(f"projector ({projector.name})", folder, read_file(projector), rename))
+    else:
+        raise ConversionError(
+            f"{folder} holds no weights that are known: neither model*.safetensors or pytorch_model*.bin (a full "
+            f"checkpoint), nor {PROJECTOR_FILE} (a Base checkpoint), nor {ADAPTER_CONFIG_FILE} (LoRA)."
+        )
+
+    base = base or config_dict.get("_name_or_path") or (adapter and adapter.base)
+    if not base:
+        raise ConversionError(f"{folder} is a part of a model and does not name its base. Pass it: --base PATH.")
+    try:
+        base_folder = find_named(str(base), folder)
+    except ConversionError as error:
+        what = "a LoRA adapter" if kind == "lora" else "only a projector"
+        raise ConversionError(
+            f"{folder} holds {what} and needs its base model. {error} Pass the base: --base PATH."
+        ) from None
+    tensors = read_folder(base_folder)
+    if not tensors:
+        raise ConversionError(f"The base {base_folder} holds no weights. Pass another: --base PATH.")
+    parts.append(Part("base", base_folder, tensors, rename))
+    return kind, parts, adapter, base_folder
 
 
 def named(part: Part) -> Iterable[tuple[str, StoredTensor]]:
