@@ -103,8 +103,8 @@ class RowEncoder:
         """
         Tokens of a row, those of its media included, without decoding any medium: for grouping rows by length.
 
-        A file is opened only where its number of frames depends on its duration (`fps`), or where silent videos have
-        no audio tokens (`missing_audio_policy="drop"`).
+        A file is looked into, and one frame decoded, only where its number of frames depends on its duration (`fps`),
+        or where silent videos have no audio tokens (`missing_audio_policy="drop"`).
 
         Args:
             messages: The row.
