@@ -1,14 +1,18 @@
 """Conversion of every recorded checkpoint: its logits and tokens after it, its bytes after the way back."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForMultimodalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
 from golden_utils import GOLDENS, Recording
-from videollama2_hf.conversion import build_plan, convert_checkpoint, open_source, restore_original
+from test_original_checkpoints import write_original
+from tiny_models import FAMILIES, make_model
+from videollama2_hf.conversion import ConversionError, build_plan, convert_checkpoint, open_source, restore_original
 from videollama2_hf.conversion.tensors import as_bytes, read_folder
 
 
@@ -63,8 +67,8 @@ def test_converted_checkpoint_answers_as_the_original(converted, name):
         if f"{case}.logits" in recording.outputs and "removed" not in case:
             inputs = recording.model_inputs(case, model.config)
             if name == "lora":
-                # Its weights magnify rounding: the recording lies 5e-4 from float64, and this model 3e-4, because
-                # their features differ by 7e-6. So the features are compared, and the rest runs from the recorded ones.
+                # Its weights magnify rounding: the recording lies 5e-4 from float64, and this model 3e-4, because the
+                # features differ by 7e-6. So the features are compared, and the rest runs from the recorded ones.
                 inputs = give_recorded_features(model, recording, inputs)
             with torch.no_grad():
                 outputs = model(**inputs)
@@ -106,15 +110,115 @@ def test_merged_weights_are_those_of_the_original(converted):
     assert len(names) == 2
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name != "lora"])
-def test_the_way_back_gives_the_same_files(converted, tmp_path, name):
-    restore_original(converted(name), tmp_path / "back")
-    source = GOLDENS / name / CHECKPOINTS[name]
-    before, after = contents(source), contents(tmp_path / "back")
+def assert_same_files(folder: Path, source: Path) -> None:
+    before, after = contents(source), contents(folder)
     tower_weights = {key for key in before if key.startswith("vision/") and key.endswith(".safetensors")}
     assert set(after) == set(before) - tower_weights  # the tower's repository is not part of the checkpoint
     for key in after:
         assert after[key] == before[key], key
+
+
+@pytest.mark.parametrize("name", list(CHECKPOINTS))
+def test_the_way_back_gives_the_same_files(converted, tmp_path, name):
+    folder, source = converted(name), GOLDENS / name / CHECKPOINTS[name]
+    if name == "lora":
+        folder = tmp_path / "bfloat16"
+        convert_checkpoint(source, folder)
+    restore_original(folder, tmp_path / "back")
+    assert_same_files(tmp_path / "back", source)
+
+
+@pytest.mark.parametrize("name", ["qwen2_siglip_beats_av", "base_projector_only", "lora"])
+def test_a_trained_model_becomes_a_full_original(converted, tmp_path, name):
+    """With every copy of BEATs' table, and not under a configuration that asks for a base."""
+    model = AutoModelForMultimodalLM.from_pretrained(converted(name), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    model.save_pretrained(tmp_path / "trained")
+    restore_original(tmp_path / "trained", tmp_path / "original", original=converted(name), max_shard_size=300_000)
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    assert config["model_type"].startswith("videollama2_") and not config["tune_mm_mlp_adapter"]
+    tables = [key for key in read_folder(tmp_path / "original") if "relative_attention_bias" in key]
+    assert len(tables) == (2 if "av" in name else 0)
+    if name == "qwen2_siglip_beats_av":
+        for path in (GOLDENS / name / "checkpoint").glob("*.safetensors"):
+            assert (tmp_path / "original" / path.name).is_file()
+    AutoProcessor.from_pretrained(tmp_path / "original")
+    restored, info = AutoModelForMultimodalLM.from_pretrained(
+        tmp_path / "original", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    for key, value in restored.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+
+def test_trained_model_of_unknown_origin(converted, tmp_path):
+    model = AutoModelForMultimodalLM.from_pretrained(converted("lora"))
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ConversionError, match="--original PATH"):
+        restore_original(tmp_path / "trained", tmp_path / "original")
+    assert not (tmp_path / "original").exists()
+
+
+@pytest.mark.parametrize(
+    ("vision", "connector_type"), [("siglip_vision_model", "stc_connector_v35"), ("clip_vision_model", "linear")]
+)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_language_model_there_and_back(tmp_path, family, vision, connector_type):
+    model = make_model(
+        family,
+        vision=vision,
+        connector_type=connector_type,
+        connector_depth=4,
+        hears=vision == "siglip_vision_model",
+        text_config={"vocab_size": 400, "tie_word_embeddings": family == "gemma2"},
+        image_token_id=400,
+        video_token_id=401,
+        audio_token_id=402,
+    )
+    write_original(model, tmp_path / "original", "qwen2" if family == "qwen2" else "llama")
+    convert_checkpoint(tmp_path / "original", tmp_path / "model")
+    loaded, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    restore_original(tmp_path / "model", tmp_path / "back")
+    assert_same_files(tmp_path / "back", tmp_path / "original")
+
+
+def test_cast_to_another_dtype(tmp_path):
+    convert_checkpoint(GOLDENS / "mistral_clip_stp" / "checkpoint", tmp_path / "model", dtype="float16")
+    tensors = read_folder(tmp_path / "model")
+    assert {tensor.dtype for tensor in tensors.values()} == {"F16"}
+    assert AutoModelForMultimodalLM.from_pretrained(tmp_path / "model").dtype == torch.float16
+
+
+def test_sound_beside_the_weights(tmp_path):
+    """The original's audio weights in files of their own: taken where the checkpoint itself has none."""
+    source = GOLDENS / "qwen2_siglip_beats_av"
+    silent = tmp_path / "silent"
+    shutil.copytree(source / "checkpoint", silent, ignore=shutil.ignore_patterns("model*"))
+    tensors = {name: tensor.load() for name, tensor in read_folder(source / "checkpoint").items()}
+    audio = {name for name in tensors if "audio_tower" in name or "mm_projector_a" in name}
+    save_file({name: tensor for name, tensor in tensors.items() if name not in audio}, silent / "model.safetensors")
+    with pytest.raises(ConversionError, match="--audio-tower FILE"):
+        convert_checkpoint(silent, tmp_path / "no")
+    shutil.copy(source / "mm_projector_a.bin", silent)
+    convert_checkpoint(silent, tmp_path / "microsoft", audio_tower=source / "BEATs_tiny.pt")
+    shutil.copy(source / "audio_tower.bin", silent)
+    convert_checkpoint(silent, tmp_path / "beside")
+    expected = read_folder(source / "checkpoint")
+    for folder in ("microsoft", "beside"):
+        for name, tensor in read_folder(tmp_path / folder).items():
+            if folder == "microsoft" and "audio_tower" in name:  # float32 there
+                assert torch.equal(tensor.load().bfloat16(), expected[name].load()), name
+            else:
+                assert tensor.equals(expected[name]), name
+    config = AutoConfig.from_pretrained(tmp_path / "microsoft")
+    assert config.audio_config.to_dict() == AutoConfig.from_pretrained(source / "checkpoint").audio_config.to_dict()
+    restore_original(tmp_path / "beside", tmp_path / "back")
+    assert_same_files(tmp_path / "back", silent)
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name != "lora"])

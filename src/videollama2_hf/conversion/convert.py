@@ -32,6 +32,7 @@ from .tensors import (
 
 
 ORIGINAL_FOLDER = "original"
+LANGUAGE_MODEL_FOLDER = "language_model"  # in `original/`, where it is not the checkpoint's own
 LAYOUT_FILE = "layout.json"
 LEFT_OUT_FILE = "left_out_tensors.safetensors"
 DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes
@@ -43,7 +44,7 @@ _LARGEST_SMALL_FILE = 50 * 2**20  # bytes
 
 def convert_checkpoint(
     checkpoint: str | Path,
-    output: str | Path,
+    output: str | Path | None,
     *,
     revision: str | None = None,
     base: str | Path | None = None,
@@ -53,6 +54,7 @@ def convert_checkpoint(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     resume: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> Plan:
     """
     Converts an original checkpoint of VideoLLaMA 2.
@@ -64,6 +66,10 @@ def convert_checkpoint(
         max_shard_size: Largest size of a weight file, in bytes.
         resume: Whether to go on with a conversion that was interrupted.
         overwrite: Whether to replace `output`, and what an interrupted conversion left.
+        dry_run: Whether only to plan; nothing is written and `output` may be `None`.
+
+    Returns:
+        What was done (or would be) with every tensor.
 
     Raises:
         ConversionError: The checkpoint is not what it should be; nothing is left behind.
@@ -71,6 +77,10 @@ def convert_checkpoint(
         OSError: It could not be written; `resume` goes on.
     """
     plan = build_plan(open_source(checkpoint, revision, base, vision_tower, audio_tower), dtype)
+    if dry_run:
+        return plan
+    if output is None:
+        raise ConversionError("A conversion needs an `output` folder.")
     write_checkpoint(plan, Path(output), max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
     return plan
 
@@ -87,10 +97,7 @@ def write_checkpoint(
     shards = plan.shards(max_shard_size)
     fingerprint = _fingerprint(plan, max_shard_size)
     with published_folder(output, fingerprint, resume=resume, overwrite=overwrite) as folder:
-        names = [SAFE_WEIGHTS_NAME]
-        if len(shards) > 1:
-            stem = SAFE_WEIGHTS_NAME.removesuffix(".safetensors")
-            names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        names = shard_names(len(shards))
         done = {name for name in names if (folder / name).is_file()}
         size = sum(tensor.nbytes for shard, name in zip(shards, names) if name not in done for tensor in shard)
         check_space(folder, size)
@@ -116,6 +123,14 @@ def write_checkpoint(
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         _write_model_files(plan, folder)
         _write_original(plan, folder)
+
+
+def shard_names(count: int) -> list[str]:
+    """File names of a checkpoint in that many files."""
+    if count == 1:
+        return [SAFE_WEIGHTS_NAME]
+    stem = SAFE_WEIGHTS_NAME.removesuffix(".safetensors")
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def _write_tensor(tensor: PlannedTensor, writer: SafetensorsWriter, progress: tqdm) -> bool:
@@ -162,17 +177,11 @@ def _write_original(plan: Plan, folder: Path) -> None:
     """`original/`: the small files of the source and the layout of its weights, from which it can be written again."""
     source, target = plan.source, folder / ORIGINAL_FOLDER
     shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
-    for path in sorted(source.folder.rglob("*")):
-        relative = path.relative_to(source.folder)
-        if (
-            path.is_file()
-            and path.suffix not in _WEIGHT_SUFFIXES
-            and not any(part.startswith(".") for part in relative.parts)
-            and path.stat().st_size <= _LARGEST_SMALL_FILE
-        ):
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / relative)
+    _copy_small_files(source.folder, target)
+    if source.language_model_folder != source.folder:
+        _copy_small_files(source.language_model_folder, target / LANGUAGE_MODEL_FOLDER)
+    if source.adapter is not None:  # merging cannot be undone
+        shutil.copyfile(source.adapter.path, target / source.adapter.path.name)
     where = {id(tensor.source): tensor.target for tensor in plan.tensors}
     where |= {id(item.source): item.same_as for item in plan.left_out if item.same_as is not None}
     files: dict[str, dict[str, Any]] = {}
@@ -195,6 +204,18 @@ def _write_original(plan: Plan, folder: Path) -> None:
         save_file(kept, target / LEFT_OUT_FILE)
     layout = {"kind": source.kind, "files": files}
     (target / LAYOUT_FILE).write_text(json.dumps(layout, indent=1) + "\n")
+
+
+def _copy_small_files(folder: Path, target: Path) -> None:
+    """All files but weights, and nothing hidden."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        if path.suffix not in _WEIGHT_SUFFIXES and path.stat().st_size <= _LARGEST_SMALL_FILE:
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)
 
 
 def _fingerprint(plan: Plan, max_shard_size: int) -> str:

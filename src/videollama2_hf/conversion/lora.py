@@ -38,13 +38,13 @@ class LowRank:
 class Adapter:
     """
     Args:
-        folder: The folder of the adapter.
+        path: The file of its weights.
         config: `adapter_config.json`.
         changes: By the name of the weight that is changed, as the original names it.
         full: Weights that PEFT saved whole.
     """
 
-    folder: Path
+    path: Path
     config: dict[str, Any]
     changes: dict[str, LowRank]
     full: dict[str, StoredTensor]
@@ -93,7 +93,7 @@ def read_adapter(folder: Path) -> Adapter:
         f"{module}.weight": LowRank(pair["A"], pair["B"], _scaling(module, pair["A"], config), module in embeddings)
         for module, pair in factors.items()
     }
-    return Adapter(folder, config, changes, full)
+    return Adapter(path, config, changes, full)
 
 
 def _scaling(module: str, a: StoredTensor, config: dict[str, Any]) -> float:

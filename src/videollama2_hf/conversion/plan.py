@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.core_model_loading import revert_weight_conversion
@@ -11,11 +11,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from ..configuration_videollama2 import VideoLlama2Config
 from ..modeling_videollama2 import VideoLlama2ForConditionalGeneration
 from .lora import LowRank
-from .sources import Dropped, Part, Source
+from .sources import Dropped, Part, Source, complete_name
 from .tensors import CHUNK_SIZE, DTYPE_NAMES, DTYPES, ConversionError, StoredTensor
 
 
 COPY = "an equal copy of {}"
+T = TypeVar("T")
 _TABLE = re.compile(r"(.*audio_tower\.encoder\.layers\.)[1-9]\d*(\.self_attn\.relative_attention_bias\.weight)$")
 
 
@@ -99,15 +100,7 @@ class Plan:
 
     def shards(self, max_shard_size: int) -> list[list[PlannedTensor]]:
         """The tensors in files of at most this many bytes (or of one tensor)."""
-        shards: list[list[PlannedTensor]] = [[]]
-        size = 0
-        for tensor in self.tensors:
-            if shards[-1] and size + tensor.nbytes > max_shard_size:
-                shards.append([])
-                size = 0
-            shards[-1].append(tensor)
-            size += tensor.nbytes
-        return shards
+        return group_by_size([(tensor, tensor.nbytes) for tensor in self.tensors], max_shard_size)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for reports and to know it again."""
@@ -136,6 +129,43 @@ class Plan:
             "peak_memory_bytes": self.peak_memory,
         }
 
+    def describe(self) -> str:
+        """The plan as a table for people: every tensor's source, target, shape and dtype; then what is left out."""
+        rows = [("target", "source", "file", "shape", "dtype")]
+        for tensor in self.tensors:
+            dtype = tensor.dtype if tensor.dtype == tensor.source.dtype else f"{tensor.source.dtype} -> {tensor.dtype}"
+            merged = " + LoRA" if tensor.change is not None else ""
+            shape = " x ".join(map(str, tensor.shape))
+            source = "the same" if tensor.source.name == tensor.target else tensor.source.name
+            rows.append((tensor.target, source + merged, tensor.source.file.name, shape, dtype))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        if self.left_out:
+            lines += ["", "Left out:"]
+            lines += [f"  {item.source.name} ({item.source.file.name}): {item.reason}" for item in self.left_out]
+        lines += [f"Note: {note}" for note in self.source.notes]
+        files = sorted({str(tensor.source.file) for tensor in self.tensors})
+        lines += [
+            "",
+            f"{len(self.tensors)} tensors, {self.nbytes:,} bytes, from {len(files)} files:",
+            *(f"  {file}" for file in files),
+            f"Memory needed beside Python's own: about {self.peak_memory / 1e6:,.0f} MB",
+        ]
+        return "\n".join(lines)
+
+
+def group_by_size(items: Iterable[tuple[T, int]], limit: int) -> list[list[T]]:
+    """Neighbours together, in groups of at most `limit` bytes or of one item."""
+    groups: list[list[T]] = [[]]
+    total = 0
+    for item, size in items:
+        if groups[-1] and total + size > limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(item)
+        total += size
+    return groups
+
 
 def build_meta_model(config: VideoLlama2Config) -> VideoLlama2ForConditionalGeneration:
     """The model of a configuration without memory for its weights."""
@@ -149,11 +179,8 @@ def expected_tensors(config: VideoLlama2Config) -> dict[str, tuple[int, ...]]:
     state_dict = {
         name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
     }
-    names = {}
-    for name, tensor in revert_weight_conversion(model, state_dict).items():
-        # transformers takes this prefix away only when it saves a model that it did not load.
-        names[re.sub(r"^(model\.vision_tower\.vision_tower\.)(?!vision_model\.)", r"\1vision_model.", name)] = tensor
-    return {name: tuple(tensor.shape) for name, tensor in names.items()}
+    reverted = revert_weight_conversion(model, state_dict)
+    return {complete_name(name): tuple(tensor.shape) for name, tensor in reverted.items()}
 
 
 def build_plan(source: Source, dtype: str | None = None) -> Plan:

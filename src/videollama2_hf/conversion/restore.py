@@ -6,8 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from .convert import LAYOUT_FILE, LEFT_OUT_FILE, ORIGINAL_FOLDER, check_space, progress_bar, published_folder
+from .convert import (
+    DEFAULT_SHARD_SIZE,
+    LANGUAGE_MODEL_FOLDER,
+    LAYOUT_FILE,
+    LEFT_OUT_FILE,
+    ORIGINAL_FOLDER,
+    check_space,
+    progress_bar,
+    published_folder,
+    shard_names,
+)
+from .plan import group_by_size
+from .sources import complete_name
 from .tensors import ConversionError, SafetensorsWriter, StoredTensor, read_file, read_folder
 
 
@@ -16,17 +30,22 @@ def restore_original(
     output: str | Path,
     *,
     original: str | Path | None = None,
+    full: bool = False,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
 ) -> None:
     """
     Writes a converted or fine-tuned model in the layout of the original code.
 
-    The files are those of the checkpoint that was converted, byte for byte where a tensor is unchanged.
+    A converted folder becomes the files that it was made from, byte for byte. A model that was trained since becomes
+    a full checkpoint: in the same files if it was made from one, else in new ones.
 
     Args:
         checkpoint: A folder that [`convert_checkpoint`] made, or a model that was loaded from one and saved again.
         output: The folder to be made.
-        original: The converted folder that `checkpoint` comes from. `None`: itself.
+        original: The converted folder that the trained model `checkpoint` comes from. `None`: it was not trained.
+        full: Whether to write a full checkpoint where the source was a projector or LoRA.
+        max_shard_size: Largest size of a new weight file, in bytes.
         overwrite: Whether to replace `output`.
 
     Raises:
@@ -41,8 +60,11 @@ def restore_original(
             "from, as `videollama2 convert` made it: --original PATH."
         )
     layout = json.loads((small / LAYOUT_FILE).read_text(encoding="utf-8"))
-    tensors = {_original_name(name): tensor for name, tensor in read_folder(checkpoint).items()}
+    tensors = {complete_name(name): tensor for name, tensor in read_folder(checkpoint).items()}
     left_out = read_file(small / LEFT_OUT_FILE) if (small / LEFT_OUT_FILE).is_file() else {}
+    full = (full or original is not None) and layout["kind"] != "full"
+    if full:
+        layout = _full_layout(read_folder(Path(original or checkpoint)), layout, max_shard_size)
     files = {name: _collect(name, entry, tensors, left_out) for name, entry in layout["files"].items()}
     missing = [f"{name}: {key}" for name, content in files.items() for key, value in content.items() if value is None]
     if missing:
@@ -50,30 +72,57 @@ def restore_original(
             f"{checkpoint} lacks {len(missing)} tensors of the original:\n"
             + "\n".join(f"  {item}" for item in missing)
         )
-    total = sum(tensor.nbytes for content in files.values() for tensor in content.values())
+    contents: dict[str, dict[str, StoredTensor]] = files  # type: ignore[assignment]  # none is missing
+    total = sum(tensor.nbytes for content in contents.values() for tensor in content.values())
     with published_folder(Path(output), "", overwrite=overwrite) as folder:
         check_space(folder, total)
-        for path in sorted(small.rglob("*")):
-            relative = path.relative_to(small)
-            if path.is_file() and relative.as_posix() not in (LAYOUT_FILE, LEFT_OUT_FILE):
-                (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / relative)
+        _copy_originals(small, folder, full)
         with progress_bar("restoring", total) as progress:
-            for name, content in files.items():
+            for name, content in contents.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 if name.endswith(".safetensors"):
-                    _write_safetensors(folder / name, layout["files"][name]["header"], content, progress)
+                    _write_safetensors(folder / name, layout["files"][name].get("header"), content, progress)
                 else:
                     torch.save({key: tensor.load() for key, tensor in content.items()}, folder / name)
                     progress.update(sum(tensor.nbytes for tensor in content.values()))
+        if full and len(contents) > 1:
+            weight_map = {key: name for name, content in contents.items() for key in content}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _original_name(name: str) -> str:
-    """transformers leaves this part out when it saves a model that it did not load."""
-    prefix = "model.vision_tower.vision_tower."
-    if name.startswith(prefix) and not name.startswith(f"{prefix}vision_model."):
-        return f"{prefix}vision_model.{name.removeprefix(prefix)}"
-    return name
+def _full_layout(tensors: dict[str, StoredTensor], layout: dict[str, Any], max_shard_size: int) -> dict[str, Any]:
+    """The files of a full checkpoint, with what the source had several times (BEATs' table)."""
+    names = {key: target for entry in layout["files"].values() for key, target in entry["tensors"].items() if target}
+    names |= {name: name for name in map(complete_name, tensors)}
+    names = {key: target for key, target in names.items() if not key.startswith("base_model.")}
+    sizes = {key: tensors[target].nbytes for key, target in names.items()}
+    groups = group_by_size(sizes.items(), max_shard_size)
+    return {
+        "kind": "full",
+        "files": dict(zip(shard_names(len(groups)), ({"tensors": {k: names[k] for k in group}} for group in groups))),
+    }
+
+
+def _copy_originals(small: Path, folder: Path, full: bool) -> None:
+    """The small files, and adapters; for a full checkpoint with its own tokenizer and a configuration that says so."""
+    for path in sorted(small.rglob("*")):
+        relative = path.relative_to(small)
+        if not path.is_file() or relative.as_posix() in (LAYOUT_FILE, LEFT_OUT_FILE):
+            continue
+        if relative.parts[0] == LANGUAGE_MODEL_FOLDER:
+            if not full or relative.name == CONFIG_NAME:
+                continue
+            relative = relative.relative_to(LANGUAGE_MODEL_FOLDER)
+        elif full and relative.name.startswith("adapter_"):
+            continue
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / relative)
+    if full:
+        path = folder / CONFIG_NAME
+        # The original takes a folder whose configuration says this for a projector without a language model.
+        config_dict = json.loads(path.read_text(encoding="utf-8")) | {"tune_mm_mlp_adapter": False}
+        path.write_text(json.dumps(config_dict, indent=2) + "\n")
 
 
 def _collect(
@@ -85,15 +134,19 @@ def _collect(
     }
 
 
-def _write_safetensors(path: Path, raw_header: str, content: dict[str, StoredTensor], progress: Any) -> None:
-    header = json.loads(raw_header)
-    names = sorted(content, key=lambda name: header[name]["data_offsets"])
-    as_before = all(
-        (tensor.dtype, list(tensor.shape)) == (header[name]["dtype"], header[name]["shape"])
-        for name, tensor in content.items()
-    )
+def _write_safetensors(path: Path, raw_header: str | None, content: dict[str, StoredTensor], progress: tqdm) -> None:
+    """With the header of the original file where it still holds."""
+    names = list(content)
+    if raw_header is not None:
+        header = json.loads(raw_header)
+        names.sort(key=lambda name: header[name]["data_offsets"])
+        if any(
+            (tensor.dtype, list(tensor.shape)) != (header[name]["dtype"], header[name]["shape"])
+            for name, tensor in content.items()
+        ):
+            raw_header = None
     entries = [(name, content[name].dtype, content[name].shape) for name in names]
-    with SafetensorsWriter(path, entries, raw_header.encode() if as_before else None) as writer:
+    with SafetensorsWriter(path, entries, raw_header.encode() if raw_header is not None else None) as writer:
         for name in names:
             for chunk in content[name].chunks():
                 writer.write(chunk)

@@ -197,7 +197,7 @@ def open_source(
         parts.append(_vision_tower_part(config_dict, folder, vision_tower))
 
     shapes = {target: tensor.shape for part in reversed(parts) for target, tensor in named(part)}
-    tokenizer = _load_tokenizer(language_model_folder, config_dict)
+    tokenizer = load_source_tokenizer(language_model_folder, config_dict)
     try:
         arguments = convert_original_config(config_dict, str(folder), tokenizer, towers, shapes)
         preprocessor = load_original_image_processor_config(config_dict, str(folder), towers)
@@ -235,7 +235,7 @@ def _check_model_type(config_dict: dict[str, Any], folder: Path) -> None:
     )
 
 
-def _load_tokenizer(folder: Path, config_dict: dict[str, Any]) -> PreTrainedTokenizerBase:
+def load_source_tokenizer(folder: Path, config_dict: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
         return load_original_tokenizer(str(folder), config_dict)
     except (OSError, ValueError) as error:
