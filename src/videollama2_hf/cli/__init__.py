@@ -9,6 +9,7 @@ import sys
 
 import typer
 
+from . import data
 from .convert import convert
 from .train import train
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(convert)
 app.command()(train)
+app.add_typer(data.app, name="data")
 
 
 @app.callback()

@@ -96,7 +96,7 @@ class Rows(Sequence):
 
     def __init__(self, sources: Sequence[DataSource], seed: int = 0):
         self.sources = list(sources)
-        self.stored = [_open(source, streaming=False) for source in self.sources]
+        self.stored = [open_rows(source, streaming=False) for source in self.sources]
         for source, stored in zip(self.sources, self.stored):
             if not hasattr(stored, "__len__"):
                 raise ValueError(f"The rows of {source.name} have no numbers; read them as a stream (streaming=True).")
@@ -133,7 +133,7 @@ class RowStream(Iterable):
 
     def __iter__(self) -> Iterator[RawRow]:
         generator = np.random.default_rng(self.seed)
-        stored = [_open(source, streaming=True) for source in self.sources]
+        stored = [open_rows(source, streaming=True) for source in self.sources]
         if all(hasattr(rows, "__len__") for rows in stored):
             sizes = np.array([source.weight * len(rows) for source, rows in zip(self.sources, stored)], float)
         else:
@@ -191,8 +191,13 @@ def _is_path(data: Any) -> bool:
     return isinstance(data, (str, os.PathLike))
 
 
-def _open(source: DataSource, streaming: bool) -> Any:
-    """The stored rows of a source: a sequence, or with `streaming` something to iterate over."""
+def open_rows(source: DataSource, streaming: bool) -> Any:
+    """
+    The rows of a source as they are stored: a sequence, or with `streaming` perhaps only something to iterate over.
+
+    Raises:
+        ValueError, FileNotFoundError: There is no such file, or it is not what its name says.
+    """
     path = source.path
     if not _is_path(path):
         if isinstance(path, Sequence) and not isinstance(path, (bytes, bytearray)):
@@ -293,7 +298,7 @@ class JsonLines(Sequence):
         try:
             return json.loads(line)
         except ValueError as error:
-            raise ValueError(f"Row {number} of {self.files[file]} is not valid JSON: {error}.") from error
+            raise ValueError(f"Line {number} of {self.files[file]} is not valid JSON: {error}.") from error
 
 
 class WebDatasetRows(Sequence):
@@ -340,4 +345,4 @@ class WebDatasetRows(Sequence):
         return row
 
 
-__all__ = ["DataSource", "RawRow", "RowStream", "Rows", "load_rows"]
+__all__ = ["DataSource", "RawRow", "RowStream", "Rows", "load_rows", "open_rows"]
