@@ -1,0 +1,85 @@
+"""`python -m videollama2_hf.synthetic`: write data of the synthetic world, train the small model on it, ask it."""
+
+import argparse
+import sys
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m videollama2_hf.synthetic", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    generate = commands.add_parser("generate", help="write a folder of rows with their videos, images and sounds")
+    generate.add_argument("--output", required=True, help="folder to write")
+    generate.add_argument("--rows", type=int, default=100)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--held-out", action="store_true", help="of the compositions that only the test has")
+    generate.add_argument("--medium", action="append", help="only this medium (may be repeated)")
+    generate.add_argument("--size", type=int, default=64, help="side of the frames in pixels")
+
+    train = commands.add_parser("train", help="run or continue the stages of the small model")
+    train.add_argument("--output", required=True, help="folder of all stages")
+    train.add_argument("--stage", action="append", help="only this stage (may be repeated); default: all, in order")
+    train.add_argument("--minutes", type=float, help="stop after so many minutes, to be continued")
+    train.add_argument("--steps", type=int, help="in place of the stage's own")
+    train.add_argument("--batch-size", type=int, help="in place of the stage's own")
+    train.add_argument("--workers", type=int, default=0, help="processes that draw rows")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--cpu", action="store_true", help="leave an accelerator alone")
+
+    evaluate = commands.add_parser("evaluate", help="print the table of held-out skills of a model")
+    evaluate.add_argument("--model", required=True, help="folder of the model")
+    evaluate.add_argument("--per-skill", type=int, default=100, help="questions of every kind")
+    evaluate.add_argument("--seed", type=int, default=1)
+    evaluate.add_argument("--seen", action="store_true", help="of the training's compositions instead")
+    evaluate.add_argument("--output", help="JSON file to write the numbers to")
+
+    options = parser.parse_args(arguments)
+    try:
+        {"generate": _generate, "train": _train, "evaluate": _evaluate}[options.command](options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from .rows import generate
+
+    mix = dict.fromkeys(options.medium, 1.0) if options.medium else None
+    print(generate(options.output, options.rows, options.seed, options.held_out, mix, options.size))
+
+
+def _train(options: argparse.Namespace) -> None:
+    import time
+
+    from .stages import STAGES, run_stage
+
+    started = time.monotonic()
+    for name in options.stage or STAGES:
+        minutes = None
+        if options.minutes is not None:
+            minutes = options.minutes - (time.monotonic() - started) / 60
+        is_done = minutes is None or minutes > 0
+        is_done = is_done and run_stage(
+            name,
+            options.output,
+            options.steps,
+            options.batch_size,
+            minutes,
+            options.workers,
+            options.seed,
+            options.cpu,
+        )
+        if not is_done:
+            print(f"Stage {name} is not finished; the same command continues it.")
+            return
+        print(f"Stage {name} is finished.", flush=True)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .evaluation import evaluate_folder
+
+    evaluate_folder(options.model, options.per_skill, options.seed, not options.seen, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""
+Rows of the world as batches for training, without files: text is tokenised as the processor does, and pictures and
+sound are drawn on the device that trains, from descriptions of a few hundred numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from ..configuration_videollama2 import VideoLlama2Config, get_num_audio_tokens
+from .rendering import (
+    describe_frames,
+    describe_sounds,
+    draw_frames,
+    draw_sounds,
+    frame_times,
+    quantise,
+    to_filter_banks,
+)
+from .rows import Row
+from .world import SECONDS
+
+
+DrawRow = Callable[[np.random.Generator], Row]
+NUM_FILTER_BANK_FRAMES = 398
+
+
+class RowTokenizer:
+    """
+    Input ids and labels of rows, equal to those of `training.RowEncoder` with the small model's processor.
+
+    Args:
+        prompt_format: `"chat"`, `"plain"` or `"plain_audio"`; see `training.RowEncoder`.
+    """
+
+    def __init__(self, tokenizer: Any, config: VideoLlama2Config, prompt_format: str = "chat"):
+        self.prompt_format = prompt_format
+        self.encode = lru_cache(maxsize=100_000)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        video = [config.video_token_id] * config.num_visual_tokens("video")
+        audio = [config.audio_token_id] * get_num_audio_tokens(NUM_FILTER_BANK_FRAMES)
+        self.media = {
+            "image": [config.image_token_id] * config.num_visual_tokens("image"),
+            "video": video,
+            "audio": audio,
+            "audio_visual": video + audio,
+            "text": [],
+        }
+
+    def __call__(self, row: Row) -> dict[str, torch.Tensor]:
+        """`input_ids` and `labels`, int64 (length,)."""
+        media = self.media[row.medium]
+        ids, labels = [], []
+
+        def add(tokens: list[int], is_label: bool) -> None:
+            ids.extend(tokens)
+            labels.extend(tokens if is_label else [-100] * len(tokens))
+
+        lead = "\n" if media else ""
+        if self.prompt_format == "plain":
+            question = row.questions[0]
+            add(media, False)
+            add(self.encode(f"{lead}{question.text} {question.answer}"), True)
+        for turn, question in enumerate(row.questions if self.prompt_format != "plain" else ()):
+            text = f"{row.context}\n{question.text}" if turn == 0 and row.context else question.text
+            add(self.encode("<|im_start|>user\n"), False)
+            if turn == 0:
+                add(media, False)
+                text = lead + text
+            if self.prompt_format == "plain_audio":
+                text = ""
+            add(self.encode(f"{text}<|im_end|>\n<|im_start|>assistant\n"), False)
+            add(self.encode(f"{question.answer}<|im_end|>\n"), True)
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+class WorldDataset(Dataset):
+    """Rows by number; row `i` follows from `(seed, i)` alone, so a run that is continued sees what it would have."""
+
+    def __init__(self, tokenize: RowTokenizer, num_rows: int, seed: int, draw: DrawRow):
+        self.tokenize, self.num_rows, self.seed, self.draw = tokenize, num_rows, seed, draw
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.draw(np.random.default_rng([self.seed, index]))
+        return {"row": row, **self.tokenize(row)}
+
+
+class WorldCollator:
+    """
+    Joins rows to a batch: `input_ids`, `labels`, `attention_mask`, and `drawn`, what [`draw_media`] makes media of.
+    """
+
+    def __init__(self, pad_token_id: int, num_frames: int = 8):
+        self.pad_token_id, self.times = pad_token_id, frame_times(num_frames)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        ids = [row["input_ids"] for row in rows]
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=-100),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }
+        return {**batch, "drawn": describe_media([row["row"] for row in rows], self.times)}
+
+
+def describe_media(rows: Sequence[Row], times: np.ndarray) -> dict[str, Any]:
+    """What [`draw_media`] needs to know of the images, videos and sounds of rows, each kind in reading order."""
+    images = [row.clip for row in rows if row.medium == "image"]
+    videos = [row.clip for row in rows if row.medium in ("video", "audio_visual")]
+    sounds = [row.clip for row in rows if row.medium in ("audio", "audio_visual")]
+    drawn: dict[str, Any] = {}
+    if images:
+        drawn["image"] = describe_frames(images, np.array([SECONDS / 2]))
+    if videos:
+        drawn["video"] = describe_frames(videos, times)
+    if sounds:
+        drawn["sound"] = describe_sounds(sounds)
+    return drawn
+
+
+@torch.no_grad()
+def draw_media(drawn: dict[str, Any], side: int = 64, imitate_codecs: bool = False) -> dict[str, torch.Tensor]:
+    """
+    Model inputs of described media on their device: `pixel_values`, `pixel_values_videos`, `input_features` and
+    `input_features_mask`, as the processor makes them of files that are coded without loss.
+
+    Args:
+        imitate_codecs: Whether half of the pictures lose what H.264 loses: colour at half the resolution, and some
+            noise. For training.
+    """
+    inputs = {}
+    for name, key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if name in drawn:
+            description = drawn[name]
+            piece = 16 if description["radius"].device.type == "cpu" else len(description["radius"])
+            names, parts = list(description), zip(*(value.split(piece) for value in description.values()))
+            frames = torch.cat([draw_frames(dict(zip(names, part)), side) for part in parts])
+            pixels = frames.float() / 127.5 - 1
+            pixels = _imitate_codec(pixels) if imitate_codecs else pixels
+            inputs[key] = pixels if name == "video" else pixels[:, 0]
+    if "sound" in drawn:
+        features = to_filter_banks(quantise(draw_sounds(drawn["sound"])))
+        inputs["input_features"] = features
+        inputs["input_features_mask"] = torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
+    return inputs
+
+
+def _imitate_codec(pixels: torch.Tensor) -> torch.Tensor:
+    weights = torch.tensor([0.299, 0.587, 0.114], device=pixels.device)[:, None, None]
+    chosen = torch.rand(len(pixels), device=pixels.device) < 0.5
+    coded = pixels[chosen].flatten(0, 1)
+    if not len(coded):
+        return pixels
+    blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(coded, 2), scale_factor=2.0)
+    coded = blurred + ((coded - blurred) * weights).sum(dim=1, keepdim=True) + 0.02 * torch.randn_like(coded)
+    pixels = pixels.clone()
+    pixels[chosen] = coded.clamp(-1, 1).unflatten(0, (-1, pixels.shape[1]))
+    return pixels
+
+
+__all__ = ["RowTokenizer", "WorldCollator", "WorldDataset", "describe_media", "draw_media"]

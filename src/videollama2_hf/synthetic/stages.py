@@ -1,0 +1,274 @@
+"""
+The small model's training: stage 0 for its three parts, then the five published stages in their order.
+
+Every stage is a folder below the output folder. It continues from its last checkpoint if it was stopped, and starts
+from what the stages before it wrote: `python -m videollama2_hf.synthetic train --output DIR` runs them all.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .rows import DEFAULT_MIX, draw_caption_row, draw_row
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    One stage of the small model.
+
+    Args:
+        recipe: The published recipe that says what trains and how prompts look; `None` in stage 0.
+        mix: Weight of every medium among the rows.
+        captions_only: Whether rows are captions.
+        steps, batch_size, learning_rate, connector_learning_rate: Of this model: its parts begin from nothing, so its
+            rates are higher than the published ones.
+        trainable: Modules that train where there is no recipe.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    recipe: str | None = None
+    connector_learning_rate: float | None = None
+    mix: Mapping[str, float] = field(default_factory=dict)
+    captions_only: bool = False
+    trainable: tuple[str, ...] = ()
+
+
+STAGES = {
+    "vision": Stage(6000, 128, 1e-3),
+    "audio": Stage(8000, 96, 1e-3),
+    "text": Stage(3000, 128, 1.5e-3, mix={"text": 1.0}, trainable=("language_model", "lm_head")),
+    "1": Stage(
+        600,
+        128,
+        2e-3,
+        "videollama2_1_video_pretraining",
+        mix={"video": 3.0, "image": 1.0},
+        captions_only=True,
+    ),
+    "2": Stage(
+        6000,
+        128,
+        5e-4,
+        "videollama2_2_video_tuning",
+        connector_learning_rate=1e-3,
+        mix={"video": 5.0, "image": 2.0, "text": 1.0},
+    ),
+    "3": Stage(400, 128, 2e-3, "videollama2_3_audio_pretraining", mix={"audio": 1.0}, captions_only=True),
+    "4": Stage(
+        2500,
+        128,
+        3e-4,
+        "videollama2_4_audio_tuning",
+        connector_learning_rate=1e-3,
+        mix={"audio": 1.0},
+    ),
+    "5": Stage(
+        15000,
+        128,
+        5e-4,
+        "videollama2_5_audio_visual_tuning",
+        connector_learning_rate=8e-4,
+        mix=DEFAULT_MIX,
+    ),
+}
+MODEL_FOLDER = "model"
+_SAVE_SECONDS = 150
+
+
+def run_stage(
+    name: str,
+    output_dir: str | Path,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    minutes: float | None = None,
+    num_workers: int = 0,
+    seed: int = 0,
+    cpu: bool = False,
+) -> bool:
+    """
+    Runs or continues one stage.
+
+    Args:
+        name: One of `STAGES`.
+        output_dir: Folder of all stages; this one writes `output_dir/name`, at the end the model into `model` there.
+        steps, batch_size: In place of the stage's own; the schedule follows from them, so a stage that is continued
+            needs the same.
+        minutes: Stop after so many minutes with a checkpoint to continue from.
+        num_workers: Processes that draw rows.
+        cpu: Whether to leave an accelerator alone.
+
+    Returns:
+        Whether the stage is finished.
+
+    Raises:
+        ValueError: There is no stage of that name.
+        FileNotFoundError: A stage before this one is not finished.
+    """
+    import torch
+    from transformers import TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if name not in STAGES:
+        raise ValueError(f"There is no stage {name!r}; choose one of {', '.join(STAGES)}.")
+    root, stage = Path(output_dir), STAGES[name]
+    folder = root / name
+    if (folder / MODEL_FOLDER).is_dir():
+        return True
+    steps, batch_size = steps or stage.steps, batch_size or stage.batch_size
+    on_cpu = cpu or not torch.cuda.is_available()
+    torch.manual_seed(seed)
+
+    class Clock(TrainerCallback):
+        """Saves every few minutes, and stops when the time is up."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.started = self.saved = time.monotonic()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            now = time.monotonic()
+            is_over = minutes is not None and now - self.started > 60 * minutes
+            if is_over or now - self.saved > _SAVE_SECONDS:
+                self.saved, control.should_save = now, True
+            control.should_training_stop = control.should_training_stop or is_over
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            line = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 1), **(logs or {})}
+            with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, round(0.03 * steps)),
+        "weight_decay": 0.01,
+        "adam_beta2": 0.98,
+        "max_grad_norm": 1.0,
+        "bf16": True,
+        "tf32": None if on_cpu else True,
+        "use_cpu": on_cpu,
+        "dataloader_num_workers": num_workers,
+        "dataloader_persistent_workers": num_workers > 0,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        "save_strategy": "no",
+        "save_total_limit": 1,
+        "logging_steps": 20,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": seed,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    if name in ("vision", "audio"):
+        trainer = _tower_trainer(name, root, steps * batch_size, seed, TrainingArguments(**options), Clock())
+    else:
+        trainer = _model_trainer(name, root, steps * batch_size, seed, options, Clock())
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    if trainer.state.global_step < steps:
+        return False
+    _, processor = load_before(name, root)
+    if name in ("vision", "audio"):
+        model, _ = load_before(name, root)
+        tower = getattr(model.model, f"{name}_tower")
+        tower.load_state_dict(trainer.model.tower.state_dict())
+    else:
+        model = trainer.model
+    processor.save_pretrained(str(folder / MODEL_FOLDER))
+    model.save_pretrained(str(folder / MODEL_FOLDER))
+    return True
+
+
+def load_before(name: str, root: Path) -> tuple[Any, Any]:
+    """
+    The model that a stage starts from, in float32, and its processor: new weights for the parts of stage 0, those
+    three parts in one for stage 1, and what the stage before wrote for the others.
+
+    Raises:
+        FileNotFoundError: A stage before this one is not finished.
+    """
+    import torch
+
+    from ..modeling_videollama2 import VideoLlama2ForConditionalGeneration
+    from ..processing_videollama2 import VideoLlama2Processor
+    from .small_model import save_untrained
+
+    def load(folder: str) -> Any:
+        path = root / folder if folder == "untrained" else root / folder / MODEL_FOLDER
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is missing: stage {name} follows stage {folder}; run that one first.")
+        return VideoLlama2ForConditionalGeneration.from_pretrained(str(path), dtype=torch.float32)
+
+    untrained = root / "untrained"
+    if not (untrained / "config.json").is_file():
+        save_untrained(str(untrained))
+    processor = VideoLlama2Processor.from_pretrained(str(untrained))
+    if name in ("vision", "audio", "text"):
+        return load("untrained"), processor
+    if name == "1":
+        model = load("text")
+        for part in ("vision", "audio"):
+            tower = getattr(load(part).model, f"{part}_tower")
+            getattr(model.model, f"{part}_tower").load_state_dict(tower.state_dict())
+        return model, processor
+    return load(str(int(name) - 1)), processor
+
+
+def _tower_trainer(name: str, root: Path, num_clips: int, seed: int, arguments: Any, clock: Any) -> Any:
+    from .pretraining import AudioPretraining, ClipDataset, VisionPretraining, collate_frames, collate_sounds
+    from .trainer import MetricsTrainer
+    from .world import SCENES
+
+    model, _ = load_before(name, root)
+    scenes = ("count", "count", "pair", "move", "collide", "change") if name == "vision" else SCENES
+    data = ClipDataset(num_clips, seed + 1, scenes, beeps=0.25 if name == "audio" else 0.0)
+    if name == "vision":
+        module, collate = (
+            VisionPretraining(model.model.vision_tower, model.config.vision_feature_layer),
+            collate_frames,
+        )
+    else:
+        module, collate = AudioPretraining(model.model.audio_tower), collate_sounds
+    return MetricsTrainer(model=module, args=arguments, train_dataset=data, data_collator=collate, callbacks=[clock])
+
+
+def _model_trainer(name: str, root: Path, num_rows: int, seed: int, options: dict[str, Any], clock: Any) -> Any:
+    from ..training import Recipe, VideoLlama2TrainingArguments, prepare_for_training
+    from .dataset import RowTokenizer, WorldCollator, WorldDataset
+    from .trainer import WorldTrainer
+
+    stage = STAGES[name]
+    model, processor = load_before(name, root)
+    trainable, prompt_format = list(stage.trainable), "chat"
+    if stage.recipe is not None:
+        settings = [f"model={root}", f"output_dir={root}", "data=[{path: synthetic}]", "num_frames=8"]
+        recipe = Recipe.from_yaml(stage.recipe, settings)
+        trainable, prompt_format = recipe.trainable, recipe.prompt_format
+        options = {
+            **options,
+            "lr_scheduler_type": recipe.lr_scheduler,
+            "warmup_steps": max(1, round(recipe.warmup_ratio * options["max_steps"])),
+        }
+    prepare_for_training(model, trainable)
+    draw = partial(draw_caption_row if stage.captions_only else draw_row, mix=stage.mix)
+    tokenize = RowTokenizer(processor.tokenizer, model.config, prompt_format)
+    # Every stage draws rows that no other has seen.
+    data = WorldDataset(tokenize, num_rows, seed * 100 + 10 + list(STAGES).index(name), draw)
+    return WorldTrainer(
+        model=model,
+        args=VideoLlama2TrainingArguments(**options, connector_learning_rate=stage.connector_learning_rate),
+        train_dataset=data,
+        data_collator=WorldCollator(processor.tokenizer.pad_token_id, model.config.num_frames),
+        callbacks=[clock],
+    )
+
+
+__all__ = ["MODEL_FOLDER", "STAGES", "Stage", "load_before", "run_stage"]

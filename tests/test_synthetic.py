@@ -1,0 +1,359 @@
+"""The synthetic world: its balance, its files, its batches, the small model and its table."""
+
+import json
+from collections import Counter, defaultdict
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_models import AUDIO_SIZES
+from videollama2_hf import VideoLlama2ForConditionalGeneration, VideoLlama2Processor
+from videollama2_hf.synthetic import evaluation, small_model, stages
+from videollama2_hf.synthetic.__main__ import main
+from videollama2_hf.synthetic.dataset import RowTokenizer, WorldCollator, WorldDataset, describe_media, draw_media
+from videollama2_hf.synthetic.pretraining import ClipDataset, collate_frames, label_patches, label_sounds
+from videollama2_hf.synthetic.questions import AUDIO_VISUAL_SKILLS, SKILLS, TEMPLATES, ask, with_choices
+from videollama2_hf.synthetic.rendering import (
+    describe_frames,
+    describe_sounds,
+    draw_frames,
+    frame_times,
+    render_clip,
+    render_image,
+    render_sound,
+)
+from videollama2_hf.synthetic.rows import MEDIA, Row, draw_caption_row, draw_row, to_messages, write_medium
+from videollama2_hf.synthetic.small_model import build_config, build_model, build_processor, build_world_tokenizer
+from videollama2_hf.synthetic.world import COLOURS, INSTRUMENTS, SHAPES, draw_clip, is_held_out, is_instrument_held_out
+from videollama2_hf.training import RowEncoder, VideoLlama2Dataset
+
+
+SCENE_OF = {"match": "move", "synchrony": "collide", "number": "count", "which": "order"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_world_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def config(tokenizer):
+    return build_config(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def processor(config, tokenizer):
+    return build_processor(config, tokenizer)
+
+
+def clips_of(relation, count, held_out=False, seed=0):
+    generator = np.random.default_rng(seed)
+    clips = (draw_clip(generator, held_out, scenes=(SCENE_OF[relation],)) for _ in range(2 * count))
+    return [clip for clip in clips if clip.relation == relation]
+
+
+def bayes_rate(pairs):
+    """How often the most frequent label of each value, learnt on one half of the pairs, is right on the other."""
+    half = len(pairs) // 2
+    counts = defaultdict(Counter)
+    for value, label in pairs[:half]:
+        counts[value][label] += 1
+    overall = Counter(label for _, label in pairs[:half]).most_common(1)[0][0]
+    guesses = [
+        (counts[value].most_common(1)[0][0] if counts[value] else overall) == label for value, label in pairs[half:]
+    ]
+    return np.mean(guesses)
+
+
+def seen_of(clip):
+    """What one sees that could tell, without colours."""
+    return (clip.scene, clip.things[0].shape, clip.variant, clip.slot, len(clip.things))
+
+
+def heard_of(clip):
+    return tuple((sound.name, sound.slot if sound.name != "beep" else None) for sound in clip.sounds)
+
+
+@pytest.mark.parametrize("relation", ["match", "synchrony", "number"])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_one_medium_does_not_tell_whether_picture_and_sound_fit(relation, held_out):
+    clips = clips_of(relation, 6000, held_out)
+    assert len(clips) > 5000
+    assert abs(bayes_rate([(seen_of(clip), clip.related) for clip in clips]) - 0.5) < 0.035
+    assert abs(bayes_rate([(heard_of(clip), clip.related) for clip in clips]) - 0.5) < 0.035
+    # Single latents have fewer values, so the estimate is finer.
+    latents = {
+        "match": [lambda c: c.things[0].shape, lambda c: c.sounds[0].name, lambda c: c.sounds[0].slot],
+        "synchrony": [lambda c: c.slot, lambda c: c.sounds[0].slot, lambda c: c.things[0].shape],
+        "number": [lambda c: len(c.things), lambda c: c.num_beeps],
+    }[relation]
+    for latent in latents:
+        assert abs(bayes_rate([(latent(clip), clip.related) for clip in clips]) - 0.5) < 0.025
+    both = {
+        "match": lambda c: (c.things[0].shape, c.sounds[0].name),
+        "synchrony": lambda c: (c.slot, c.sounds[0].slot),
+        "number": lambda c: (len(c.things), c.num_beeps),
+    }[relation]
+    assert bayes_rate([(both(clip), clip.related) for clip in clips]) == 1
+
+
+def test_a_picture_does_not_tell_which_thing_comes_with_the_sound():
+    clips = clips_of("which", 4000)
+    assert abs(bayes_rate([((clip.slot, clip.variant), clip.related) for clip in clips]) - 0.5) < 0.03
+    for clip in clips[:50]:  # the sound begins when its thing appears
+        thing = clip.things[0 if clip.related else 1]
+        assert clip.sounds[0].onset == pytest.approx(thing.appears + 0.05)
+
+
+def test_things_touch_when_the_thud_is_heard_or_a_second_off():
+    for clip in clips_of("synchrony", 300):
+        event = clip.things[0].path[1][0]
+        distance = abs(event - clip.sounds[0].onset)
+        assert distance < 0.01 if clip.related else distance > 0.9
+
+
+def test_questions_about_both_media_do_not_say_what_they_ask_about():
+    assert not any("{" in template for skill in AUDIO_VISUAL_SKILLS for template in TEMPLATES[skill])
+
+
+def test_held_out_compositions_are_never_trained_and_keep_every_attribute_uniform():
+    held_out = [key for key in product(range(6), range(4), range(4)) if is_held_out(*key)]
+    assert [Counter(values) for values in zip(*held_out)] == [
+        {value: len(held_out) // n for value in range(n)} for n in (6, 4, 4)
+    ]
+    for wanted in (True, False):
+        generator = np.random.default_rng(3)
+        for _ in range(400):
+            clip = draw_clip(generator, wanted)
+            assert is_held_out(*clip.composition) == wanted
+            if len(clip.sounds) == 1 and clip.sounds[0].name in INSTRUMENTS:
+                instrument = INSTRUMENTS.index(clip.sounds[0].name)
+                assert is_instrument_held_out(instrument, clip.sounds[0].slot) == wanted
+
+
+def test_letters_of_multiple_choice_are_equally_likely():
+    generator = np.random.default_rng(0)
+    letters = Counter()
+    for _ in range(600):
+        for question in ask(draw_clip(generator), generator):
+            if len(question.choices) >= 4:
+                choice = with_choices(question, generator)
+                letters[choice.answer] += 1
+                assert f"{choice.answer}. {question.answer}" in choice.text
+    assert max(letters.values()) < 1.15 * min(letters.values())
+
+
+def test_rows_follow_from_their_seed():
+    def draw(seed):
+        return [draw_row(np.random.default_rng([seed, i])) for i in range(20)]
+
+    assert draw(5) == draw(5)
+    assert draw(5) != draw(6)
+
+
+def test_pictures_show_what_the_clip_says():
+    clips = [draw_clip(np.random.default_rng([1, i]), scenes=("count",)) for i in range(40)]
+    description = describe_frames(clips, np.array([1.0]))
+    labels = label_patches(description, 64, 8)
+    frames = draw_frames(description)[:, 0]
+    assert labels["number"].tolist() == [len(clip.things) for clip in clips]
+    assert labels["centre"].sum(1).tolist() == [len(clip.things) for clip in clips]
+    for clip, colour, shape, frame in zip(clips, labels["colour"], labels["shape"], frames):
+        thing = clip.things[0]
+        row, column = int(thing.path[0][2] * 8), int(thing.path[0][1] * 8)
+        patch = row * 8 + column
+        assert shape[patch] == SHAPES.index(thing.shape) + 1
+        assert colour[patch] == list(COLOURS).index(thing.colour) + 1
+        if not thing.striped:
+            pixel = frame[:, int(thing.path[0][2] * 64), int(thing.path[0][1] * 64)]
+            assert tuple(pixel.tolist()) == COLOURS[thing.colour]
+
+
+def test_sound_labels_count_the_beeps():
+    clips = [draw_clip(np.random.default_rng([2, i])) for i in range(200)]
+    onset, active, beeps = label_sounds(describe_sounds(clips), 24, 16)
+    assert beeps.tolist() == [clip.num_beeps for clip in clips]
+    assert onset.sum((1, 2)).tolist() == [len(clip.sounds) for clip in clips]
+    assert (active.amax(1) == onset.amax(1)).all()
+
+
+def test_files_without_loss_give_the_batches_of_the_fast_path(tmp_path, processor, tokenizer, config):
+    clips = [draw_clip(np.random.default_rng([4, i])) for i in range(3)]
+    questions = draw_row(np.random.default_rng(4), {"audio_visual": 1}).questions
+    rows = [Row(clip, medium, questions) for clip, medium in zip(clips, ("audio_visual", "image", "audio"))]
+    drawn = draw_media(describe_media(rows, frame_times()))
+    paths = [
+        render_clip(clips[0], tmp_path / "clip.mkv"),
+        render_image(clips[1], tmp_path / "image.png"),
+        render_sound(clips[2], tmp_path / "sound.wav"),
+    ]
+    encode = RowEncoder(processor)
+    read = [encode(to_messages(row, str(path))) for row, path in zip(rows, paths)]
+    torch.testing.assert_close(drawn["pixel_values_videos"], read[0]["pixel_values_videos"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(drawn["pixel_values"], read[1]["pixel_values"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(drawn["input_features"][:1], read[0]["input_features"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn["input_features"][1:], read[2]["input_features"], atol=1e-4, rtol=0)
+
+
+def test_mp4_is_close_to_the_fast_path(tmp_path, processor):
+    for index in range(3):
+        clip = draw_clip(np.random.default_rng([6, index]))
+        path = str(render_clip(clip, tmp_path / f"{index}.mp4"))
+        pixels = processor.video_processor([path], return_tensors="pt")["pixel_values_videos"][0]
+        expected = draw_frames(describe_frames([clip], frame_times()))[0].float() / 127.5 - 1
+        assert (pixels - expected).abs().mean() < 0.05
+        waveform = processor.feature_extractor.load_video_audio(path)
+        assert len(waveform) == 64000
+
+
+@pytest.mark.parametrize(
+    ("medium", "prompt_format"),
+    [*product(MEDIA, ["chat"]), *product(["image", "video"], ["plain"]), ("audio", "plain_audio")],
+)
+def test_tokens_and_labels_are_those_of_the_processor(tmp_path, processor, tokenizer, config, medium, prompt_format):
+    tokenize, encode = RowTokenizer(tokenizer, config, prompt_format), RowEncoder(processor, prompt_format)
+    draw = draw_row if prompt_format == "chat" else draw_caption_row
+    path = None
+    for index in range(4):
+        row = draw(np.random.default_rng([8, index]), {medium: 1})
+        path = path or write_medium(row, tmp_path / "medium")  # which clip it shows makes no difference here
+        expected, given = encode(to_messages(row, None if path is None else str(path))), tokenize(row)
+        assert given["input_ids"].tolist() == expected["input_ids"].tolist()
+        assert given["labels"].tolist() == expected["labels"].tolist()
+
+
+def test_unknown_words_are_spelled(tokenizer):
+    text = "Où est le cœur? 42 zebras <3 \U0001f98a"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer.tokenize(" circle")) == 1
+    assert tokenizer.unk_token is None
+
+
+def test_generate_writes_a_folder_that_training_reads(tmp_path, processor):
+    main(["generate", "--output", str(tmp_path / "a"), "--rows", "6", "--seed", "9"])
+    main(["generate", "--output", str(tmp_path / "b"), "--rows", "6", "--seed", "9"])
+    assert (tmp_path / "a" / "data.jsonl").read_text() == (tmp_path / "b" / "data.jsonl").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "a" / "data.jsonl").read_text().splitlines()]
+    assert all(len(line["messages"]) == 2 * len(line["skills"]) for line in lines)
+    rows = VideoLlama2Dataset(str(tmp_path / "a" / "data.jsonl"), processor)
+    assert len(rows) == 6
+    assert all((rows[i]["labels"] != -100).any() for i in range(6))
+
+
+def test_command_refuses_what_it_does_not_know(tmp_path, capsys, starts_tiny):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--output", str(tmp_path), "--rows", "1", "--medium", "smell"])
+    assert stopped.value.code == 2 and "smell" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no stage '9'"):
+        stages.run_stage("9", tmp_path)
+    with pytest.raises(FileNotFoundError, match="stage 2 follows stage 1"):
+        stages.load_before("2", tmp_path)
+
+
+def tiny(tokenizer, **kwargs):
+    """The small model's configuration, smaller."""
+    text = {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "vocab_size": build_config(tokenizer).text_config.vocab_size,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 8,
+        "vision_use_head": False,
+    }
+    return build_config(
+        tokenizer, text_config=text, vision_config=vision, audio_config=AUDIO_SIZES, connector_depth=1, **kwargs
+    )
+
+
+@pytest.fixture
+def starts_tiny(monkeypatch, tokenizer):
+    """Stages start from a smaller model."""
+
+    def save_untrained(folder):
+        config = tiny(tokenizer)
+        build_processor(config, tokenizer).save_pretrained(folder)
+        build_model(config).save_pretrained(folder)
+
+    monkeypatch.setattr(small_model, "save_untrained", save_untrained)
+
+
+def test_every_stage_trains_its_parts_and_the_next_begins_with_them(tmp_path, starts_tiny):
+    parts = {"vision": "vision_tower", "audio": "audio_tower", "text": "language_model"}
+    for name in stages.STAGES:
+        assert stages.run_stage(name, tmp_path, steps=2, batch_size=2, cpu=True)
+        before, _ = stages.load_before(name, tmp_path)
+        after = VideoLlama2ForConditionalGeneration.from_pretrained(tmp_path / name / "model", dtype=torch.float32)
+        old, new = before.model.state_dict(), after.model.state_dict()
+        changed = {key.split(".")[0] for key in new if not torch.equal(old[key], new[key])}
+        assert changed == {
+            "1": {"mm_projector"},
+            "2": {"mm_projector", "language_model"},
+            "3": {"mm_projector_a"},
+            "4": {"mm_projector_a", "audio_tower"},
+            "5": {"mm_projector", "language_model", "mm_projector_a", "audio_tower"},
+        }.get(name, {parts.get(name)})
+        assert (tmp_path / name / "log.jsonl").is_file()
+    assert VideoLlama2Processor.from_pretrained(tmp_path / "5" / "model").feature_extractor.chunk_length == 4
+
+
+def test_a_stage_that_is_stopped_goes_on_to_the_same_weights(tmp_path, starts_tiny):
+    assert stages.run_stage("text", tmp_path / "a", steps=3, batch_size=2, cpu=True)
+    while not stages.run_stage("text", tmp_path / "b", steps=3, batch_size=2, minutes=0, cpu=True):
+        assert not (tmp_path / "b" / "text" / "model").exists()
+    models = [VideoLlama2ForConditionalGeneration.from_pretrained(tmp_path / name / "text" / "model") for name in "ab"]
+    for one, other in zip(*(model.state_dict().values() for model in models)):
+        assert torch.equal(one, other)
+
+
+def test_the_table_asks_every_kind_and_counts_what_greedy_generation_says(tmp_path, tokenizer):
+    config = tiny(tokenizer)
+    processor, model = build_processor(config, tokenizer), build_model(config).eval()
+    results = evaluation.evaluate(model, processor, per_skill=2)
+    assert {result.skill for result in results} >= {*SKILLS, "multiple choice", "image: count"}
+    assert all(result.count == 2 and 0 <= result.accuracy <= 1 for result in results)
+    assert "| match | 2 |" in evaluation.format_table(results)
+
+    # Overfit a few questions, so that some answers are right and some are not.
+    rows = [draw_row(np.random.default_rng([11, i]), {"text": 1}, captions=0, max_turns=1) for i in range(24)]
+    data = WorldDataset(RowTokenizer(tokenizer, config), 24, 11, lambda g: draw_row(g, {"text": 1}, False, 0, 1))
+    batch = WorldCollator(tokenizer.pad_token_id)([data[i] for i in range(12)])
+    del batch["drawn"]
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(40):
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    right = evaluation.Evaluator(model, processor, tmp_path).answers_rightly(rows, [{}] * len(rows))
+    for row, is_right in zip(rows, right):
+        inputs = processor.apply_chat_template(
+            to_messages(row)[:1], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert (answer == row.questions[0].answer) == is_right
+    assert 0 < sum(right) < len(right)
+
+
+def test_frames_of_a_batch_are_at_one_time_and_of_trained_compositions():
+    data = ClipDataset(50, 3, ("count", "change"), beeps=1.0)
+    assert all(data[i].num_beeps for i in range(5))
+    assert data[7] == data[7]
+    assert collate_frames([data[i] for i in range(4)])["drawn"]["place"].shape[:2] == (4, 1)
