@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tiny_models import FAMILIES, make_config, make_model
 from videollama2_hf import VideoLlama2ForConditionalGeneration, VideoLlama2Model, get_num_audio_tokens
@@ -224,6 +225,70 @@ def test_encoded_media_are_reusable_and_stay_as_they_are(model):
         assert torch.equal(outputs.pooler_output, before[name])
     with pytest.raises(ValueError, match="either `pixel_values` or encoded media"):
         model.generate(**batch, mm_encoder_outputs=encoded, max_new_tokens=1)
+
+
+def keep_tower_features(model, batch: dict) -> dict:
+    """What the towers make of the media of a batch, without what the connectors make of it."""
+    with torch.no_grad():
+        encoded = model.encode_media(**batch)
+    kept = {name: outputs.last_hidden_state for name, outputs in encoded.items()}
+    if "video" in kept:
+        per_video = kept["video"].split([len(video) for video in batch["pixel_values_videos"]])
+        kept["video"] = torch.stack(per_video) if len({len(v) for v in per_video}) == 1 else list(per_video)
+    return {name: BaseModelOutputWithPooling(last_hidden_state=features) for name, features in kept.items()}
+
+
+@pytest.mark.parametrize("spec", ["image t video audio t", "video t long t"])
+def test_features_of_the_towers_pass_the_connectors(spec):
+    batch = collate([row(spec, make_config())])
+    labels = batch["input_ids"]
+    results = []
+    for keeps_features in (False, True):
+        model = make_model()
+        model.model.vision_tower.requires_grad_(False)
+        model.model.audio_tower.requires_grad_(False)
+        inputs = dict(batch)
+        if keeps_features:
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            inputs["mm_encoder_outputs"] = keep_tower_features(model, batch)
+            model.model.vision_tower = model.model.audio_tower = None
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        results.append((loss, gradients, answer))
+    (loss, gradients, answer), (loss_kept, gradients_kept, answer_kept) = results
+    assert torch.equal(loss, loss_kept) and torch.equal(answer, answer_kept)
+    assert gradients.keys() == gradients_kept.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, gradients_kept[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trains_towers", [False, True])
+@pytest.mark.parametrize("spec", ["t", "image t", "video t", "audio t"])
+def test_every_part_that_trains_gets_a_gradient_from_every_batch(spec, trains_towers):
+    model = make_model()
+    batch = collate([row(spec, model.config)])
+    model.requires_grad_(False)
+    parts = [model.model.mm_projector, model.model.mm_projector_a]
+    if trains_towers:
+        parts += [model.model.vision_tower.encoder.layers[0], model.model.audio_tower.patch_embedding]
+    for part in parts:
+        part.requires_grad_(True)
+    model.config.audio_config.layerdrop = 0.0
+    expected = model(**batch).logits
+    outputs = model.train()(**batch, labels=batch["input_ids"])
+    outputs.loss.backward()
+    assert torch.equal(outputs.logits, expected)
+    has_part = {"vision": spec in ("image t", "video t"), "audio": spec == "audio t"}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            modality = "audio" if "audio" in name or "mm_projector_a." in name else "vision"
+            assert parameter.grad is not None, name
+            assert has_part[modality] or not parameter.grad.any(), name
+    for part in parts[:2]:
+        modality = "vision" if part is model.model.mm_projector else "audio"
+        assert any(p.grad.any() for p in part.parameters()) == has_part[modality]
 
 
 def test_towers_run_once_per_generate(model, monkeypatch):

@@ -87,12 +87,9 @@ class VideoLlama2GenerationMixin(GenerationMixin):
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         # transformers encodes images and videos ahead of the loop, but not sound, and it writes into the caller's
         # dictionary. Here all three are encoded once, and the caller's encodings stay as they are.
-        given = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
-        raw = {name: model_kwargs.pop(name, None) for name in (*MODEL_INPUTS.values(), "input_features_mask")}
-        for modality, name in MODEL_INPUTS.items():
-            if raw[name] is not None and given.get(modality) is not None:
-                raise ValueError(f"Pass either `{name}` or encoded media, `mm_encoder_outputs[{modality!r}]`.")
-        model_kwargs["mm_encoder_outputs"] = given | self.encode_media(**raw)
+        names = (*MODEL_INPUTS.values(), "input_features_mask", "mm_encoder_outputs")
+        inputs = {name: model_kwargs.pop(name, None) for name in names}
+        model_kwargs["mm_encoder_outputs"] = self.encode_media(**inputs)
         return model_kwargs
 
     def _expand_inputs_for_generation(

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -169,6 +169,11 @@ def _build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
+def _takes_part(module: nn.Module) -> bool:
+    """Whether a part trains, or runs on all processes together (ZeRO-3; FSDP2, where it shards the part by itself)."""
+    return any(p.requires_grad or hasattr(p, "ds_id") or hasattr(p, "placements") for p in module.parameters())
+
+
 def _to_device_of(tower: PreTrainedModel, values: torch.Tensor) -> torch.Tensor:
     """A tower that is offloaded has no device of its own; its layers fetch their inputs themselves."""
     return values if tower.device.type == "meta" else values.to(tower.device)
@@ -237,10 +242,25 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
             last_hidden_state=hidden_states, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
-    def _project(self, features: torch.Tensor) -> torch.Tensor:
+    def project_features(
+        self, modality: Literal["image", "video", "audio"], features: torch.Tensor | Sequence[torch.Tensor]
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """
+        What a tower gave, through the connector: tokens (items, tokens, hidden_size), or a list of them.
+
+        Args:
+            features: (images, patches, width), (videos, frames, patches, width) or (clips, tokens, width); a list of
+                tensors without the first dimension where items differ in length.
+        """
+        if not isinstance(features, torch.Tensor):
+            return [self.project_features(modality, item.unsqueeze(0))[0] for item in features]
+        connector = self.mm_projector_a if modality == "audio" else self.mm_projector
         # A trained connector may be in another dtype than the frozen tower; a quantised one holds integers.
-        dtype = next(self.mm_projector.parameters()).dtype
-        return self.mm_projector(features.to(dtype) if dtype.is_floating_point else features)
+        dtype = next(connector.parameters()).dtype
+        features = features.to(dtype) if dtype.is_floating_point else features
+        if modality == "image":
+            features = features.unsqueeze(1).expand(-1, self.config.image_num_frames, -1, -1)
+        return connector(features)
 
     @can_return_tuple
     @auto_docstring
@@ -256,8 +276,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         """
         _check_shape("pixel_values", pixel_values, "images, 3, height, width")
         outputs = self._encode_frames("image", pixel_values, **kwargs)
-        features = outputs.last_hidden_state.unsqueeze(1)
-        outputs.pooler_output = self._project(features.expand(-1, self.config.image_num_frames, -1, -1))
+        outputs.pooler_output = self.project_features("image", outputs.last_hidden_state)
         return outputs
 
     @can_return_tuple
@@ -286,11 +305,10 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         if isinstance(pixel_values_videos, torch.Tensor):
             outputs = self._encode_frames("video", pixel_values_videos.flatten(0, 1), **kwargs)
             features = outputs.last_hidden_state.unflatten(0, pixel_values_videos.shape[:2])
-            outputs.pooler_output = self._project(features)
         else:
             outputs = self._encode_frames("video", torch.cat(pixel_values_videos), **kwargs)
-            per_video = outputs.last_hidden_state.split(lengths)
-            outputs.pooler_output = [self._project(video.unsqueeze(0)).squeeze(0) for video in per_video]
+            features = outputs.last_hidden_state.split(lengths)
+        outputs.pooler_output = self.project_features("video", features)
         return outputs
 
     @can_return_tuple
@@ -319,7 +337,7 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         _check_shape("input_features", input_features, "clips, time, mel bins")
         input_features = _to_device_of(self.audio_tower, input_features)
         outputs = self.audio_tower(input_features, input_features_mask, return_dict=True, **kwargs)
-        features = self.mm_projector_a(outputs.last_hidden_state)
+        features = self.project_features("audio", outputs.last_hidden_state)
         # Compiled graphs take clips of one length: others have fewer placeholders than features, which is an error.
         if input_features_mask is not None and not torch.compiler.is_compiling() and not input_features_mask.all():
             mask = self.audio_tower.get_token_mask(input_features_mask.to(features.device))
@@ -336,8 +354,21 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         Encodes the media among a processor's outputs (`pixel_values`, `pixel_values_videos`, `input_features`,
         `input_features_mask`); what is returned goes into `forward` or `generate` as `mm_encoder_outputs`, as often as
         wanted.
+
+        What is given as `mm_encoder_outputs` is returned too. With a `last_hidden_state` in the form that
+        [`~VideoLlama2Model.project_features`] takes and no `pooler_output`, it passes the connector here: the towers'
+        features can be kept while the connectors train.
         """
-        encoded = {}
+        given = (inputs.get("mm_encoder_outputs") or {}).items()
+        encoded = {modality: outputs for modality, outputs in given if outputs is not None}
+        for modality, outputs in encoded.items():
+            if inputs.get(MODEL_INPUTS[modality]) is not None:
+                raise ValueError(
+                    f"Pass either `{MODEL_INPUTS[modality]}` or encoded media, `mm_encoder_outputs[{modality!r}]`."
+                )
+            if outputs.pooler_output is None:
+                projected = self.project_features(modality, outputs.last_hidden_state)
+                encoded[modality] = replace(outputs, pooler_output=projected)
         if inputs.get("pixel_values") is not None:
             encoded["image"] = self.get_image_features(inputs["pixel_values"], return_dict=True)
         if inputs.get("pixel_values_videos") is not None:
@@ -347,6 +378,38 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
                 inputs["input_features"], inputs.get("input_features_mask"), return_dict=True
             )
         return encoded
+
+    def _run_idle_parts(self, encoded: dict[str, Any], inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        `inputs_embeds` as they are, but with a gradient of zero for the towers and connectors that train and that a
+        batch has no media for, as if it held a medium without tokens.
+
+        So every step gives every part that trains a gradient, whatever the batch of one process holds; without, the
+        processes of a distributed run would wait for each other's gradients, or for weights that are held in parts.
+        """
+        for modality in MODALITIES:
+            if modality in encoded or (modality == "audio" and self.audio_tower is None):
+                continue
+            is_audio = modality == "audio"
+            tower = self.audio_tower if is_audio else self.vision_tower
+            if modality == "video" and self.video_tower is not None:
+                tower = self.video_tower
+            config, options = tower.config, {"dtype": torch.float32, "device": inputs_embeds.device}
+            if _takes_part(tower):
+                if is_audio:
+                    blank = torch.zeros(1, config.patch_size, config.num_mel_bins, **options)
+                else:
+                    num_frames = config.num_frames if getattr(config, "add_time_attn", False) else 2
+                    blank = torch.zeros(1, num_frames, 3, config.image_size, config.image_size, **options)
+                blank = blank[:, 0] if modality == "image" else blank
+                tokens = self.encode_media(**{MODEL_INPUTS[modality]: blank})[modality].pooler_output
+            elif _takes_part(self.mm_projector_a if is_audio else self.mm_projector):
+                shape = {"image": (1, 4), "video": (1, 2, 4), "audio": (1, 1)}[modality]
+                tokens = self.project_features(modality, torch.zeros(*shape, config.hidden_size, **options))
+            else:
+                continue
+            inputs_embeds = inputs_embeds + tokens.flatten()[:0].sum().to(inputs_embeds.device)
+        return inputs_embeds
 
     def _token_id(self, modality: str) -> int:
         return getattr(self.config, f"{modality}_token_id")
@@ -429,27 +492,23 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        encoded = dict(mm_encoder_outputs or {})
-        raw = {"image": pixel_values, "video": pixel_values_videos, "audio": input_features}
-        for modality, values in raw.items():
-            if values is not None and encoded.get(modality) is not None:
-                raise ValueError(
-                    f"Pass either `{MODEL_INPUTS[modality]}` or encoded media, `mm_encoder_outputs[{modality!r}]`."
-                )
-        encoded |= self.encode_media(
+        encoded = self.encode_media(
             pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos,
             input_features=input_features,
             input_features_mask=input_features_mask,
+            mm_encoder_outputs=mm_encoder_outputs,
         )
 
         if inputs_embeds is None:
             inputs_embeds = self._embed_text(input_ids)  # type: ignore[arg-type]  # one of the two is there
+        if self.training and torch.is_grad_enabled():
+            inputs_embeds = self._run_idle_parts(encoded, inputs_embeds)
         flat_features = {}
         if encoded:
             masks = self.get_placeholder_masks(input_ids, inputs_embeds)
             for modality in MODALITIES:
-                if encoded.get(modality) is not None:
+                if modality in encoded:
                     inputs_embeds, flat_features[modality] = self._scatter_features(
                         modality, encoded[modality].pooler_output, masks.get(modality), inputs_embeds
                     )
