@@ -210,7 +210,7 @@ def ask(clip: Clip, generator: np.random.Generator, medium: str | None = None) -
 
 
 def with_choices(question: Question, generator: np.random.Generator) -> Question:
-    """The same question as multiple choice, answered by a letter; all places of the right answer are equally likely."""
+    """The same question as multiple choice, answered by a letter; all places of the answer are equally likely."""
     wrong = [choice for choice in question.choices if choice != question.answer]
     picked = [wrong[i] for i in generator.permutation(len(wrong))[:3]]
     place = int(generator.integers(len(picked) + 1))
