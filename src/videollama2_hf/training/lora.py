@@ -119,7 +119,8 @@ def get_quantization_config(bits: int = 4, compute_dtype: torch.dtype = torch.bf
 
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits!r}.")
-    skipped = [part for part in PARTS if part != "language_model"]
+    # transformers matches names from their start.
+    skipped = [rf"(?:model\.)?{part}" for part in PARTS if part != "language_model"]
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(

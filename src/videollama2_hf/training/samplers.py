@@ -186,9 +186,13 @@ def get_row_modality(row: Mapping[str, Any], hears_videos: bool) -> str:
     sees = hears = False
     for message in row["messages"]:
         for block in message["content"] if not isinstance(message["content"], str) else ():
-            kind = block["type"]
-            sees |= kind in ("image", "video")
-            hears |= kind == "audio" or (kind == "video" and block.get("load_audio_from_video", hears_videos))
+            if block["type"] == "video":
+                heard = block.get("load_audio_from_video")
+                sees, hears = True, hears or (hears_videos if heard is None else heard)
+            elif block["type"] == "image":
+                sees = True
+            elif block["type"] == "audio":
+                hears = True
     if sees and hears:
         return "audio_visual"
     return "video" if sees else "audio" if hears else "text"
