@@ -7,6 +7,7 @@ original loads as it is, and a model saved here has the keys that the original r
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,10 @@ def _read_json(path: str) -> dict[str, Any]:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def _tower_config(checkpoint: str, tower: str, kind: str) -> dict[str, Any]:
+def _tower_config(checkpoint: str, tower: str | dict[str, Any], kind: str) -> dict[str, Any]:
     """Configuration of a vision tower that `config.json` only names; `kind` is `_tower_kind`'s."""
+    if isinstance(tower, dict):
+        return tower
     if tower in _KNOWN_TOWERS:
         return _KNOWN_TOWERS[tower][0]
     path = _find_file(checkpoint, tower, CONFIG_NAME)
@@ -280,7 +283,7 @@ def convert_original_config(
     config_dict: dict[str, Any],
     checkpoint: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    towers: dict[str, str] | None = None,
+    towers: Mapping[str, str | dict[str, Any]] | None = None,
     tensor_shapes: dict[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
     """
@@ -290,7 +293,7 @@ def convert_original_config(
         config_dict: The content of `config.json`.
         checkpoint: The folder or Hub repository it came from; towers and tokenizer are looked up there.
         tokenizer: The tokenizer, if it is not that of `checkpoint`.
-        towers: Folders or repositories to read instead of towers that `config.json` names.
+        towers: Folders or repositories to read instead of towers that `config.json` names, or their configurations.
         tensor_shapes: Shapes of the audio tower's tensors, if they are not those of `checkpoint`.
 
     Raises:

@@ -28,6 +28,10 @@ def convert(
     vision_tower: Annotated[
         str | None, typer.Option(help="The vision tower (of images), where the weights do not hold it.")
     ] = None,
+    video_tower: Annotated[
+        str | None,
+        typer.Option(help="Video-LLaVA's tower of videos, where it is not found; repairs transformers' port."),
+    ] = None,
     audio_tower: Annotated[
         Path | None, typer.Option(help="A file of BEATs to use, Microsoft's .pt or audio_tower.bin.")
     ] = None,
@@ -76,6 +80,7 @@ def convert(
         revision=revision,
         base=base,
         vision_tower=vision_tower,
+        video_tower=video_tower,
         audio_tower=audio_tower,
         dtype=dtype,
         max_shard_size=size,

@@ -50,6 +50,7 @@ def convert_checkpoint(
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     audio_tower: str | Path | None = None,
+    video_tower: str | Path | None = None,
     dtype: str | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     resume: bool = False,
@@ -57,7 +58,7 @@ def convert_checkpoint(
     dry_run: bool = False,
 ) -> Plan:
     """
-    Converts an original checkpoint of VideoLLaMA 2.
+    Converts an original checkpoint of VideoLLaMA 2 or Video-LLaVA, or one of transformers' port of the latter.
 
     Args:
         checkpoint: Folder or Hub repository; see [`open_source`] for this and the next arguments.
@@ -76,7 +77,7 @@ def convert_checkpoint(
         FileExistsError: `output` is there already.
         OSError: It could not be written; `resume` goes on.
     """
-    plan = build_plan(open_source(checkpoint, revision, base, vision_tower, audio_tower), dtype)
+    plan = build_plan(open_source(checkpoint, revision, base, vision_tower, audio_tower, video_tower), dtype)
     if dry_run:
         return plan
     if output is None:
@@ -169,7 +170,10 @@ def _write_model_files(plan: Plan, folder: Path) -> None:
     processor = VideoLlama2Processor.from_config(config, source.tokenizer, source.vision_preprocessor)
     processor.save_pretrained(folder)
     generation_config = source.language_model_folder / GENERATION_CONFIG_NAME
-    if generation_config.is_file():  # kept word for word, a repetition penalty included
+    if source.generation_config is not None:
+        content = json.dumps(source.generation_config, indent=2, sort_keys=True) + "\n"
+        (folder / GENERATION_CONFIG_NAME).write_text(content, encoding="utf-8")
+    elif generation_config.is_file():  # kept word for word, a repetition penalty included
         shutil.copyfile(generation_config, folder / GENERATION_CONFIG_NAME)
 
 
@@ -182,6 +186,10 @@ def _write_original(plan: Plan, folder: Path) -> None:
         _copy_small_files(source.language_model_folder, target / LANGUAGE_MODEL_FOLDER)
     if source.adapter is not None:  # merging cannot be undone
         shutil.copyfile(source.adapter.path, target / source.adapter.path.name)
+    if source.one_way is not None:
+        layout = {"kind": source.kind, "one_way": source.one_way, "files": {}}
+        (target / LAYOUT_FILE).write_text(json.dumps(layout, indent=1) + "\n")
+        return
     where = {id(tensor.source): tensor.target for tensor in plan.tensors}
     where |= {id(item.source): item.same_as for item in plan.left_out if item.same_as is not None}
     files: dict[str, dict[str, Any]] = {}
@@ -194,6 +202,9 @@ def _write_original(plan: Plan, folder: Path) -> None:
             entry = files.setdefault(filename, {"tensors": {}})
             if id(tensor) in where:
                 entry["tensors"][name] = where[id(tensor)]
+                rows = source.rows.get(where[id(tensor)])
+                if rows is not None:
+                    kept[f"{filename}:{name}"] = tensor.load()[rows:].clone()
             else:
                 entry["tensors"][name] = None
                 kept[f"{filename}:{name}"] = tensor.load().clone()

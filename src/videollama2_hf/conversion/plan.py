@@ -43,7 +43,8 @@ class PlannedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.source.shape if self.rows is None else (self.rows, *self.source.shape[1:])
+        rows, *others = self.source.shape or (0,)
+        return self.source.shape if self.rows is None else (min(rows, self.rows), *others)
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from .convert import (
     shard_names,
 )
 from .plan import group_by_size
-from .sources import complete_name
-from .tensors import ConversionError, SafetensorsWriter, StoredTensor, read_file, read_folder
+from .sources import complete_name, is_video_llava, read_config
+from .tensors import DTYPES, ConversionError, SafetensorsWriter, StoredTensor, read_file, read_folder
+from .video_llava import original_name
 
 
 def restore_original(
@@ -60,11 +62,14 @@ def restore_original(
             "from, as `videollama2 convert` made it: --original PATH."
         )
     layout = json.loads((small / LAYOUT_FILE).read_text(encoding="utf-8"))
+    if "one_way" in layout:
+        raise ConversionError(layout["one_way"])
     tensors = {complete_name(name): tensor for name, tensor in read_folder(checkpoint).items()}
     left_out = read_file(small / LEFT_OUT_FILE) if (small / LEFT_OUT_FILE).is_file() else {}
     full = (full or original is not None) and layout["kind"] != "full"
     if full:
-        layout = _full_layout(read_folder(Path(original or checkpoint)), layout, max_shard_size)
+        rename = original_name if is_video_llava(read_config(small)) else str
+        layout = _full_layout(read_folder(Path(original or checkpoint)), layout, rename, max_shard_size)
     files = {name: _collect(name, entry, tensors, left_out) for name, entry in layout["files"].items()}
     missing = [f"{name}: {key}" for name, content in files.items() for key, value in content.items() if value is None]
     if missing:
@@ -91,10 +96,12 @@ def restore_original(
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _full_layout(tensors: dict[str, StoredTensor], layout: dict[str, Any], max_shard_size: int) -> dict[str, Any]:
+def _full_layout(
+    tensors: dict[str, StoredTensor], layout: dict[str, Any], rename: Callable[[str], str], max_shard_size: int
+) -> dict[str, Any]:
     """The files of a full checkpoint, with what the source had several times (BEATs' table)."""
     names = {key: target for entry in layout["files"].values() for key, target in entry["tensors"].items() if target}
-    names |= {name: name for name in map(complete_name, tensors)}
+    names |= {rename(name): name for name in map(complete_name, tensors)}
     names = {key: target for key, target in names.items() if not key.startswith("base_model.")}
     sizes = {key: tensors[target].nbytes for key, target in names.items()}
     groups = group_by_size(sizes.items(), max_shard_size)
@@ -128,10 +135,14 @@ def _copy_originals(small: Path, folder: Path, full: bool) -> None:
 def _collect(
     filename: str, entry: dict[str, Any], tensors: dict[str, StoredTensor], left_out: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor | None]:
-    return {
-        key: left_out.get(f"{filename}:{key}") if target is None else tensors.get(target)
-        for key, target in entry["tensors"].items()
-    }
+    content: dict[str, StoredTensor | None] = {}
+    for key, target in entry["tensors"].items():
+        rest = left_out.get(f"{filename}:{key}")
+        tensor = content[key] = rest if target is None else tensors.get(target)
+        if target is not None and tensor is not None and rest is not None:  # rows that were cut off
+            rows = torch.cat([tensor.load(), rest.load().to(DTYPES[tensor.dtype])])
+            content[key] = StoredTensor(key, rest.file, tensor.dtype, tuple(rows.shape), values=rows)
+    return content
 
 
 def _write_safetensors(path: Path, raw_header: str | None, content: dict[str, StoredTensor], progress: tqdm) -> None:
