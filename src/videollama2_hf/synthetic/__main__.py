@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     evaluate.add_argument("--per-skill", type=int, default=100, help="questions of every kind")
     evaluate.add_argument("--seed", type=int, default=1)
     evaluate.add_argument("--seen", action="store_true", help="of the training's compositions instead")
+    evaluate.add_argument("--no-files", action="store_true", help="draw media instead of writing and reading files")
     evaluate.add_argument("--output", help="JSON file to write the numbers to")
 
     options = parser.parse_args(arguments)
@@ -78,7 +79,9 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from .evaluation import evaluate_folder
 
-    evaluate_folder(options.model, options.per_skill, options.seed, not options.seen, options.output)
+    evaluate_folder(
+        options.model, options.per_skill, options.seed, not options.seen, not options.no_files, options.output
+    )
 
 
 if __name__ == "__main__":

@@ -135,6 +135,12 @@ def draw_media(drawn: dict[str, Any], side: int = 64, imitate_codecs: bool = Fal
         imitate_codecs: Whether half of the pictures lose what H.264 loses: colour at half the resolution, and some
             noise. For training.
     """
+    device_type = next((next(iter(parts.values())).device.type for parts in drawn.values()), "cpu")
+    with torch.autocast(device_type, enabled=False):  # drawn as precisely inside a forward in bfloat16
+        return _draw(drawn, side, imitate_codecs)
+
+
+def _draw(drawn: dict[str, Any], side: int, imitate_codecs: bool) -> dict[str, torch.Tensor]:
     inputs = {}
     for name, key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if name in drawn:

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .dataset import RowTokenizer
+from .dataset import RowTokenizer, describe_media, draw_media
 from .questions import AUDIO_VISUAL_SKILLS, SKILLS, STILL_SKILLS, Question, ask, with_choices
+from .rendering import frame_times
 from .rows import Row, write_medium
 from .world import Clip, draw_clip
 
@@ -103,11 +104,12 @@ class Evaluator:
 
     Args:
         model, processor: The model, in evaluation mode, and its processor.
-        folder: Where to write the clips.
+        folder: Where to write the clips. `None`: nothing is written; media are drawn as files without loss would give
+            them, which needs no PyAV.
         batch_size: Questions at once.
     """
 
-    def __init__(self, model: Any, processor: Any, folder: Path, batch_size: int = 50):
+    def __init__(self, model: Any, processor: Any, folder: Path | None, batch_size: int = 50):
         self.model, self.processor, self.folder, self.batch_size = model, processor, folder, batch_size
         self.tokenize = RowTokenizer(processor.tokenizer, model.config)
         self.features: dict[tuple[Clip, str], torch.Tensor] = {}
@@ -122,6 +124,9 @@ class Evaluator:
             clips = [clip for clip, wanted in waiting if wanted == kind]
             for start in range(0, len(clips), self.batch_size):
                 piece = clips[start : start + self.batch_size]
+                if self.folder is None:
+                    self._keep(kind, piece, self._draw(kind, piece))
+                    continue
                 files = []
                 for clip in piece:
                     key = (clip, whole[kind])
@@ -131,24 +136,28 @@ class Evaluator:
                         assert path is not None
                         paths[key] = path
                     files.append(str(paths[key]))
-                for clip, tokens in zip(piece, self._encode(kind, files)):
-                    self.features[clip, kind] = tokens
+                self._keep(kind, piece, self._open(kind, files))
 
     @torch.inference_mode()
-    def _encode(self, kind: str, files: list[str]) -> torch.Tensor:
-        processor, device = self.processor, self.model.device
+    def _keep(self, kind: str, clips: Sequence[Clip], inputs: Mapping[str, torch.Tensor]) -> None:
+        get_features = getattr(self.model, f"get_{kind}_features")
+        tokens = get_features(**{name: values.to(self.model.device) for name, values in inputs.items()}).pooler_output
+        self.features |= {(clip, kind): tokens[i] for i, clip in enumerate(clips)}
+
+    def _draw(self, kind: str, clips: Sequence[Clip]) -> Mapping[str, torch.Tensor]:
+        times = frame_times(self.model.config.num_frames)
+        return draw_media(describe_media([Row(clip, kind, ()) for clip in clips], times))
+
+    def _open(self, kind: str, files: list[str]) -> Mapping[str, torch.Tensor]:
+        processor = self.processor
         if kind == "audio":
             extractor = processor.feature_extractor
             waveforms = [extractor.load_video_audio(file) for file in files]
-            inputs = extractor(waveforms, extractor.sampling_rate, return_tensors="pt")
-            return self.model.get_audio_features(**inputs.to(device)).pooler_output
+            return extractor(waveforms, extractor.sampling_rate, return_tensors="pt")
         if kind == "image":
-            pixels = processor.image_processor(processor.image_processor.fetch_images(files), return_tensors="pt").to(
-                device
-            )
-            return self.model.get_image_features(**pixels).pooler_output
-        pixels = processor.video_processor(files, return_tensors="pt").to(device)
-        return self.model.get_video_features(**pixels).pooler_output
+            images = processor.image_processor.fetch_images(files)
+            return processor.image_processor(images, return_tensors="pt")
+        return processor.video_processor(files, return_tensors="pt")
 
     @torch.inference_mode()
     def answers_rightly(self, rows: Sequence[Row], media: Sequence[Mapping[str, Clip]]) -> list[bool]:
@@ -195,7 +204,13 @@ def _kinds(medium: str) -> tuple[str, ...]:
 
 
 def evaluate(
-    model: Any, processor: Any, per_skill: int = 100, seed: int = 1, held_out: bool = True, batch_size: int = 50
+    model: Any,
+    processor: Any,
+    per_skill: int = 100,
+    seed: int = 1,
+    held_out: bool = True,
+    batch_size: int = 50,
+    from_files: bool = True,
 ) -> list[SkillResult]:
     """
     The table.
@@ -204,13 +219,14 @@ def evaluate(
         per_skill: Questions of every kind.
         seed: Of the questions.
         held_out: Whether clips are of compositions that training has not seen, or of others of the same seeds.
+        from_files: Whether media go through files; see [`Evaluator`].
     """
     cases = draw_cases(per_skill, seed, held_out)
     rows = [case.row for case in cases]
     own = [{kind: row.clip for kind in _kinds(row.medium)} for row in rows]
     other = _others(cases)
     with tempfile.TemporaryDirectory() as folder:
-        evaluator = Evaluator(model, processor, Path(folder), batch_size)
+        evaluator = Evaluator(model, processor, Path(folder) if from_files else None, batch_size)
         evaluator.read(rows)
         right = evaluator.answers_rightly(rows, own)
         blind_rows = [Row(row.clip, "text", row.questions) for row in rows]
@@ -274,7 +290,12 @@ def format_table(results: Sequence[SkillResult]) -> str:
 
 
 def evaluate_folder(
-    model: str | os.PathLike, per_skill: int = 100, seed: int = 1, held_out: bool = True, output: str | None = None
+    model: str | os.PathLike,
+    per_skill: int = 100,
+    seed: int = 1,
+    held_out: bool = True,
+    from_files: bool = True,
+    output: str | None = None,
 ) -> list[SkillResult]:
     """
     Loads a folder, prints its table and returns it.
@@ -288,7 +309,7 @@ def evaluate_folder(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = VideoLlama2ForConditionalGeneration.from_pretrained(str(model), dtype=torch.float32).to(device).eval()
     processor = VideoLlama2Processor.from_pretrained(str(model))
-    results = evaluate(loaded, processor, per_skill, seed, held_out)
+    results = evaluate(loaded, processor, per_skill, seed, held_out, from_files=from_files)
     print(format_table(results))
     if output is not None:
         Path(output).write_text(json.dumps([vars(result) for result in results], indent=1) + "\n", encoding="utf-8")
