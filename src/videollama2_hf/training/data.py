@@ -173,11 +173,15 @@ def _choose(length: int, weight: float, generator: np.random.Generator) -> np.nd
 
 
 def _iterate(source: DataSource, stored: Iterable, generator: np.random.Generator) -> Iterator[RawRow]:
-    """As [`_choose`]; of a source whose length is not known, a part is as many rows as that on average."""
+    """The rows that are seen of a source, in their order."""
     if isinstance(stored, Sequence):
-        for number in _choose(len(stored), source.weight, generator).tolist():
-            yield RawRow(source, number, stored[number])
-        return
+        numbers = _choose(len(stored), source.weight, generator).tolist()
+        return (RawRow(source, number, stored[number]) for number in numbers)
+    return _iterate_unsized(source, stored, generator)
+
+
+def _iterate_unsized(source: DataSource, stored: Iterable, generator: np.random.Generator) -> Iterator[RawRow]:
+    """As [`_choose`]; since the length is not known, a part of the rows is that many on average."""
     whole, part = int(source.weight), source.weight - int(source.weight)
     for _ in range(whole):
         for number, content in enumerate(stored):

@@ -262,11 +262,14 @@ def _to_pictures(pixels: torch.Tensor, part: Any) -> Any:
 
 def _draw_image(axis: "Axes", picture: Any) -> None:
     axis.imshow(picture)
+    axis.set_anchor("W")
     axis.set_axis_off()
 
 
 def _draw_frames(axis: "Axes", pictures: Any, metadata: Any) -> None:
     """Frames side by side, each tied to its second on a line of time below."""
+    from matplotlib.ticker import MaxNLocator
+
     total, has_rate = metadata.total_num_frames, metadata.fps is not None
     indices = metadata.frames_indices or range(len(pictures))
     times = [index / metadata.fps if has_rate else index for index in indices]
@@ -279,7 +282,7 @@ def _draw_frames(axis: "Axes", pictures: Any, metadata: Any) -> None:
         axis.plot([place + 0.5, on_line], [0, -0.35 * tall], color="0.6", linewidth=0.8)
         axis.plot(on_line, -0.35 * tall, "o", color="C3", markersize=3)
     axis.plot([0, number], [-0.35 * tall] * 2, color="black", linewidth=1)
-    ticks = [end * part / 8 for part in range(9)]
+    ticks = [time for time in MaxNLocator(8).tick_values(0, end) if 0 <= time <= end]
     axis.set_xticks([time / end * number for time in ticks], [f"{time:.3g}" for time in ticks])
     axis.set(xlim=(0, number), ylim=(-0.42 * tall, tall), yticks=[], xlabel="seconds" if has_rate else "frames")
     axis.set_aspect("equal")
@@ -289,7 +292,16 @@ def _draw_frames(axis: "Axes", pictures: Any, metadata: Any) -> None:
 
 def _draw_filter_banks(axis: "Axes", features: torch.Tensor, seconds: float) -> None:
     values = features.float().T.numpy()
-    image = axis.imshow(values, origin="lower", aspect="auto", extent=(0, seconds, 0, len(values)), cmap="magma")
+    floor = -16.0  # silence: the logarithm of the smallest energy that `kaldi.fbank` takes
+    image = axis.imshow(
+        values,
+        origin="lower",
+        aspect="auto",
+        extent=(0, seconds, 0, len(values)),
+        cmap="magma",
+        vmin=floor,
+        vmax=max(float(values.max()), 0.0),
+    )
     axis.set(xlabel="seconds of the window that the model hears", ylabel="mel bin")
     axis.figure.colorbar(image, ax=axis, pad=0.01, label="log energy")
 
