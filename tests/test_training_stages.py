@@ -11,6 +11,7 @@ import test_video_llava as video_llava
 from golden_utils import GOLDENS, Recording
 from test_modeling import collate, row
 from tiny_models import make_model
+from videollama2_hf import VideoLlama2ForConditionalGeneration
 from videollama2_hf.training import (
     PARTS,
     count_parameters,
@@ -112,7 +113,7 @@ def test_step_from_the_originals_batches(job, case, trainable):
 
 def test_step_from_video_llavas_batch():
     """Loss and gradients as recorded, with everything frozen that has no recorded gradient."""
-    model = AutoModelForMultimodalLM.from_pretrained(video_llava.CHECKPOINT, dtype=torch.float32)
+    model = VideoLlama2ForConditionalGeneration.from_pretrained(video_llava.CHECKPOINT, dtype=torch.float32)
     prepare_for_training(model, ["lm_head", "mm_projector"]).train()
     recorded = video_llava.RECORDED
     media = [["image_a"], ["video_a"], ["video_a", "image_b"], []]
