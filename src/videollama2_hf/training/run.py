@@ -121,10 +121,6 @@ def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 def make_training_arguments(recipe: Recipe) -> VideoLlama2TrainingArguments:
     """A recipe in transformers' terms; the number of devices, which accumulation depends on, is known after that."""
-    report_to = "none"
-    if is_tensorboard_available():
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(recipe.output_dir) / "runs"))
-        report_to = "tensorboard"
     evaluation = recipe.eval
     arguments = VideoLlama2TrainingArguments(
         output_dir=recipe.output_dir,
@@ -152,7 +148,7 @@ def make_training_arguments(recipe: Recipe) -> VideoLlama2TrainingArguments:
         dataloader_num_workers=recipe.num_workers,
         dataloader_persistent_workers=recipe.num_workers > 0,
         deepspeed=recipe.deepspeed,
-        report_to=report_to,
+        report_to="tensorboard" if is_tensorboard_available() else "none",
         seed=recipe.seed,
         data_seed=recipe.seed,
         use_cpu=not torch.accelerator.is_available(),
