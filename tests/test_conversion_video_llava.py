@@ -1,6 +1,7 @@
 """Conversion of Video-LLaVA: the original's checkpoints and transformers' port, against the original's recordings."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -106,16 +107,28 @@ def write_port(folder: Path, layout: str = "released") -> VideoLlavaForCondition
     info = native.load_state_dict(state, strict=False)
     assert not info.missing_keys and all("temporal" in key or "inv_freq" in key for key in info.unexpected_keys)
     native.generation_config.pad_token_id = VOCABULARY + 2
-    native.save_pretrained(folder)
+    if layout == "saved":  # as the installed version writes it, in several files
+        native.save_pretrained(folder, max_shard_size="200KB")
+    else:
+        native.save_pretrained(folder)
+        _rename(folder, layout, native)
+    _write_port_tokenizer(folder)
+    return native
+
+
+def _rename(folder: Path, layout: str, native: VideoLlavaForConditionalGeneration):
     saved = load_file(folder / "model.safetensors")
     if layout == "released":  # "vision_model." in front of the towers' keys, as transformers 4 wrote them
         saved = {
             name.replace("_tower.", "_tower.vision_model.") if "vision_model" not in name else name: value
             for name, value in saved.items()
         }
-    elif layout == "5.x":  # the names of the modules themselves
-        saved = {name: value for name, value in native.state_dict().items()}
+    else:  # the names of the modules themselves
+        saved = dict(native.state_dict())
     save_file(saved, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_port_tokenizer(folder: Path):
     tokenizer = VideoLlama2Processor.from_pretrained(CHECKPOINT).tokenizer
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] != "<audio>"]
@@ -125,7 +138,6 @@ def write_port(folder: Path, layout: str = "released") -> VideoLlavaForCondition
     settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     settings |= {"tokenizer_class": "LlamaTokenizer", "model_max_length": 2048, "padding_side": "left"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return native
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +304,7 @@ def test_port_as_it_is(tmp_path, layout):
     assert_answers_as_the_port(tmp_path / "converted", native)
     restore_original(tmp_path / "converted", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tmp_path / "hf")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1 or layout != "saved"
 
 
 def test_port_repaired_answers_as_the_original(port, tmp_path):
@@ -391,3 +404,20 @@ def test_released_values_of_towers_whose_configuration_is_nowhere(tmp_path):
     assert sum("released values" in note for note in plan.source.notes) == 2
     video, image = plan.source.config.video_config, plan.source.config.vision_config
     assert video.add_time_attn and not image.add_time_attn and video.hidden_act == image.hidden_act == "gelu"
+
+
+def test_script(port, tmp_path, monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "conversion" / "convert_video_llava.py"
+
+    def run(*arguments) -> int:
+        monkeypatch.setattr("sys.argv", [str(script), str(port[1]), *map(str, arguments)])
+        with pytest.raises(SystemExit) as result:
+            runpy.run_path(str(script), run_name="__main__")
+        return result.value.code
+
+    assert run("--dry-run", "--video-tower", VIDEO_TOWER) == 0
+    assert "temporal_embedding" in capsys.readouterr().out
+    assert run("--output", tmp_path / "converted", "--video-tower", IMAGE_TOWER) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("Error: ") and "\n" not in message and "--video-tower PATH" in message
+    assert not list(tmp_path.iterdir())

@@ -73,7 +73,7 @@ def read_repository(tower: Tower, repository: Path) -> tuple[Part, dict[str, Any
         )
     names = set(LanguageBindVisionConfig.default_config_fields()) - {"dtype", "transformers_version", "model_type"}
     config = {key: value for key, value in config_dict.get("vision_config", {}).items() if key in names}
-    part = Part(f"{tower.label} ({repository.name})", repository, read_folder(repository), _rename_tower(tower))
+    part = Part(f"LanguageBind's {tower.label}", repository, read_folder(repository), _rename_tower(tower))
     return part, {"model_type": LanguageBindVisionConfig.model_type, **config}
 
 

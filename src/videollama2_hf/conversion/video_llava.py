@@ -119,12 +119,12 @@ def _add_tower(
         if given is not None:
             parts.insert(0, part)
             notes.append(
-                f"The {tower.label} is that of {repository}, as the original code loads it; the checkpoint's own copy "
+                f"The {tower.label} is that of {given}, as the original code loads it; the checkpoint's own copy "
                 f"is {difference}."
             )
         elif difference != "equal":
             notes.append(
-                f"The {tower.label} is the copy in the checkpoint. That in {repository}, which the original code "
+                f"The {tower.label} is the copy in the checkpoint. That of {name}, which the original code "
                 f"loads instead, is {difference}; {tower.option} {repository} takes that one."
             )
     return config

@@ -75,10 +75,10 @@ def open_port(
             f"{vision['hidden_act']}. --video-tower LanguageBind/LanguageBind_Video_merge repairs both."
         )
     else:
-        video_part, video_config = _repair(VIDEO_TOWER, fetch(video_tower), part, notes)
+        video_part, video_config = _repair(VIDEO_TOWER, video_tower, part, notes)
         parts.insert(0, video_part)
         if vision_tower is not None:
-            image_part, image_config = _repair(IMAGE_TOWER, fetch(vision_tower), part, notes)
+            image_part, image_config = _repair(IMAGE_TOWER, vision_tower, part, notes)
             parts.insert(0, image_part)
         else:
             image_config = {**tower_config, "hidden_act": video_config.get("hidden_act", "gelu")}
@@ -156,19 +156,19 @@ def _rename_port(name: str) -> str | Dropped:
     return keep_name(name)
 
 
-def _repair(tower: Tower, repository: Path, port: Part, notes: list[str]) -> tuple[Part, dict[str, Any]]:
+def _repair(tower: Tower, given: str | Path, port: Part, notes: list[str]) -> tuple[Part, dict[str, Any]]:
     """
     LanguageBind's tower in place of the port's, and its configuration.
 
     The port's tower is LanguageBind's without its attention over time, and frozen in training. So the other tensors
     must be the same, up to rounding; if they are not, it was another tower.
     """
-    part, config = read_repository(tower, repository)
+    part, config = read_repository(tower, fetch(given))
     theirs = dict(named(part))
     ours = {target: tensor for target, tensor in named(port) if target.startswith(tower.prefix)}
     if tower.has_time and not (config.get("add_time_attn") and any(".temporal_attn." in name for name in theirs)):
         raise ConversionError(
-            f"{repository} has no attention over time, so it repairs nothing. Pass LanguageBind_Video_merge: "
+            f"{given} has no attention over time, so it repairs nothing. Pass LanguageBind_Video_merge: "
             f"{tower.option} PATH."
         )
     differences = compare(ours, theirs)
@@ -176,11 +176,11 @@ def _repair(tower: Tower, repository: Path, port: Part, notes: list[str]) -> tup
     if differences.get(worst, 0) > _UNRELATED:
         shape = list(theirs[worst].shape) if worst in theirs else "missing"
         raise ConversionError(
-            f"{repository} is not the {tower.label} that {port.folder} was made with: {worst} is {shape} there and "
+            f"{given} is not the {tower.label} that {port.folder} was made with: {worst} is {shape} there and "
             f"{list(ours[worst].shape)} here, the relative difference {differences[worst]:.2g}. Pass another: "
             f"{tower.option} PATH."
         )
-    notes.append(f"The {tower.label} is that of {repository}; the port's is {describe(differences, ours, theirs)}.")
+    notes.append(f"The {tower.label} is that of {given}; the port's is {describe(differences, ours, theirs)}.")
     return part, config
 
 
