@@ -10,7 +10,7 @@ import torch
 
 from tiny_models import AUDIO_SIZES
 from videollama2_hf import VideoLlama2ForConditionalGeneration, VideoLlama2Processor
-from videollama2_hf.synthetic import evaluation, small_model, stages
+from videollama2_hf.synthetic import ablation, evaluation, small_model, stages
 from videollama2_hf.synthetic.__main__ import main
 from videollama2_hf.synthetic.dataset import RowTokenizer, WorldCollator, WorldDataset, describe_media, draw_media
 from videollama2_hf.synthetic.pretraining import ClipDataset, collate_frames, label_patches, label_sounds
@@ -295,7 +295,7 @@ def starts_tiny(monkeypatch, tokenizer):
     monkeypatch.setattr(small_model, "save_untrained", save_untrained)
 
 
-def test_every_stage_trains_its_parts_and_the_next_begins_with_them(tmp_path, starts_tiny):
+def test_every_stage_trains_its_parts_and_the_next_begins_with_them(tmp_path, starts_tiny, monkeypatch):
     parts = {"vision": "vision_tower", "audio": "audio_tower", "text": "language_model"}
     for name in stages.STAGES:
         assert stages.run_stage(name, tmp_path, steps=2, batch_size=2, cpu=True)
@@ -312,6 +312,12 @@ def test_every_stage_trains_its_parts_and_the_next_begins_with_them(tmp_path, st
         }.get(name, {parts.get(name)})
         assert (tmp_path / name / "log.jsonl").is_file()
     assert VideoLlama2Processor.from_pretrained(tmp_path / "5" / "model").feature_extractor.chunk_length == 4
+
+    monkeypatch.setattr(ablation, "CONNECTORS", {"spatial_pool": "pooling", "frame_mlp2x_gelu": "every frame"})
+    results = ablation.run_ablation(tmp_path, seeds=1, steps=1, batch_size=2, per_skill=1, cpu=True)
+    assert [results[name][0]["tokens"] for name in ("spatial_pool", "frame_mlp2x_gelu")] == [8 * 16, 8 * 64]
+    assert results == ablation.run_ablation(tmp_path, seeds=1, steps=1, cpu=True)  # it goes on where it was
+    assert "| 128 | " in ablation.format_ablation(results)
 
 
 def test_a_stage_that_is_stopped_goes_on_to_the_same_weights(tmp_path, starts_tiny):

@@ -34,9 +34,18 @@ def main(arguments: list[str] | None = None) -> None:
     evaluate.add_argument("--no-files", action="store_true", help="draw media instead of writing and reading files")
     evaluate.add_argument("--output", help="JSON file to write the numbers to")
 
+    ablate = commands.add_parser("ablate", help="compare connectors on the video part, and print the table")
+    ablate.add_argument("--output", required=True, help="folder of all stages, stage 0 finished")
+    ablate.add_argument("--seeds", type=int, default=3)
+    ablate.add_argument("--steps", type=int, default=1000)
+    ablate.add_argument("--batch-size", type=int, default=128)
+    ablate.add_argument("--minutes", type=float, help="begin no training after so many minutes, to be continued")
+    ablate.add_argument("--workers", type=int, default=0, help="processes that draw rows")
+    ablate.add_argument("--cpu", action="store_true", help="leave an accelerator alone")
+
     options = parser.parse_args(arguments)
     try:
-        {"generate": _generate, "train": _train, "evaluate": _evaluate}[options.command](options)
+        {"generate": _generate, "train": _train, "evaluate": _evaluate, "ablate": _ablate}[options.command](options)
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -82,6 +91,21 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluate_folder(
         options.model, options.per_skill, options.seed, not options.seen, not options.no_files, options.output
     )
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from .ablation import format_ablation, run_ablation
+
+    results = run_ablation(
+        options.output,
+        options.seeds,
+        options.steps,
+        options.batch_size,
+        minutes=options.minutes,
+        num_workers=options.workers,
+        cpu=options.cpu,
+    )
+    print(format_ablation(results))
 
 
 if __name__ == "__main__":

@@ -211,6 +211,7 @@ def evaluate(
     held_out: bool = True,
     batch_size: int = 50,
     from_files: bool = True,
+    media: tuple[str, ...] = ("image", "video", "audio", "audio_visual"),
 ) -> list[SkillResult]:
     """
     The table.
@@ -220,8 +221,9 @@ def evaluate(
         seed: Of the questions.
         held_out: Whether clips are of compositions that training has not seen, or of others of the same seeds.
         from_files: Whether media go through files; see [`Evaluator`].
+        media: Which questions are asked, by what they are about.
     """
-    cases = draw_cases(per_skill, seed, held_out)
+    cases = [case for case in draw_cases(per_skill, seed, held_out) if case.row.medium in media]
     rows = [case.row for case in cases]
     own = [{kind: row.clip for kind in _kinds(row.medium)} for row in rows]
     other = _others(cases)

@@ -41,42 +41,23 @@ class Stage:
 
 
 STAGES = {
-    "vision": Stage(6000, 128, 1e-3),
-    "audio": Stage(8000, 96, 1e-3),
-    "text": Stage(3000, 128, 1.5e-3, mix={"text": 1.0}, trainable=("language_model", "lm_head")),
+    "vision": Stage(3000, 128, 1e-3),
+    "audio": Stage(4000, 96, 1e-3),
+    "text": Stage(2000, 128, 1.5e-3, mix={"text": 1.0}, trainable=("language_model", "lm_head")),
     "1": Stage(
-        600,
-        128,
-        2e-3,
-        "videollama2_1_video_pretraining",
-        mix={"video": 3.0, "image": 1.0},
-        captions_only=True,
+        400, 128, 2e-3, "videollama2_1_video_pretraining", mix={"video": 3.0, "image": 1.0}, captions_only=True
     ),
     "2": Stage(
-        6000,
+        3000,
         128,
         5e-4,
         "videollama2_2_video_tuning",
         connector_learning_rate=1e-3,
         mix={"video": 5.0, "image": 2.0, "text": 1.0},
     ),
-    "3": Stage(400, 128, 2e-3, "videollama2_3_audio_pretraining", mix={"audio": 1.0}, captions_only=True),
-    "4": Stage(
-        2500,
-        128,
-        3e-4,
-        "videollama2_4_audio_tuning",
-        connector_learning_rate=1e-3,
-        mix={"audio": 1.0},
-    ),
-    "5": Stage(
-        15000,
-        128,
-        5e-4,
-        "videollama2_5_audio_visual_tuning",
-        connector_learning_rate=8e-4,
-        mix=DEFAULT_MIX,
-    ),
+    "3": Stage(300, 128, 2e-3, "videollama2_3_audio_pretraining", mix={"audio": 1.0}, captions_only=True),
+    "4": Stage(1500, 128, 3e-4, "videollama2_4_audio_tuning", connector_learning_rate=1e-3, mix={"audio": 1.0}),
+    "5": Stage(8000, 128, 5e-4, "videollama2_5_audio_visual_tuning", connector_learning_rate=8e-4, mix=DEFAULT_MIX),
 }
 MODEL_FOLDER = "model"
 _SAVE_SECONDS = 150
