@@ -25,7 +25,7 @@ from .verify import VerificationError, lacking_memory, memory_for_model, synthet
 SCRIPT = Path(__file__).with_name("run_original.py")
 TOLERANCE = 1e-4  # of the largest value that the original's layer puts out, or of 1
 ORIGINAL_IDS = {"image": -200, "video": -201, "audio": -202}
-_TOWERS = ("mm_vision_tower", "mm_image_tower", "mm_video_tower")
+_TOWERS = {"mm_vision_tower": "vision tower", "mm_image_tower": "image tower", "mm_video_tower": "video tower"}
 _REVISION = "0" * 40
 
 
@@ -49,6 +49,8 @@ def compare_with_original(plan: Plan, folder: Path, code: Path, python: str | No
         VerificationError: The original code did not run.
     """
     check_original_code(code, python)
+    if "mm_projector_type" not in plan.source.config_dict:
+        return {"skipped": "The original code was not run: it does not read checkpoints of transformers' port."}
     needed = memory_for_model(sum(tensor.nbytes // DTYPES[tensor.dtype].itemsize * 4 for tensor in plan.tensors))
     if (reason := lacking_memory(needed)) is not None:
         return {"skipped": f"The original code was not run: {reason}."}
@@ -196,7 +198,7 @@ def _run_original(
         original_cases.append(case)
         arrays |= tensors
     np.savez(work / "inputs.npz", **arrays)  # type: ignore[arg-type]  # names of arrays, not options
-    kind = {"full": "", "projector": "-projector", "lora": "-lora"}[source.kind]
+    kind = "" if source.kind == "full" else f"-{source.kind}"
     job = {
         "code": str(code.resolve()),
         "checkpoint": str(source.folder.resolve()),
@@ -276,12 +278,12 @@ def _link_towers(plan: Plan, work: Path) -> bool:
     """
     source = plan.source
     found = True
-    for key in _TOWERS:
+    for key, label in _TOWERS.items():
         name = source.config_dict.get(key)
         if name is None:
             continue
-        candidates = [source.folder / name, source.folder.parent / name]
-        candidates += [part.folder for part in source.parts if part.label == "vision tower"]
+        candidates = [part.folder for part in source.parts if part.label.startswith(label)]
+        candidates += [source.folder / name, source.folder.parent / name]
         folder = next((path for path in candidates if path.is_dir()), None)
         if folder is None:
             found = False

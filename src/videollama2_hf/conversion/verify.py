@@ -192,8 +192,10 @@ def available_memory() -> int | None:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            known.append(int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, StopIteration, ValueError):
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])  # a cache of files
+            known.append(int(limit) - used)
+    except (OSError, StopIteration, ValueError, KeyError):
         pass
     return min(known, default=None)
 
