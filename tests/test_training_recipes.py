@@ -129,10 +129,13 @@ def test_files_that_are_no_recipes(tmp_path):
 
 
 def test_the_command_tells_in_one_sentence(capsys):
+    sets = ["--set", "model=./nowhere", "--set", "data=rows.json", "--set", "output_dir=./nothing"]
     for arguments, message in (
         (["train", "nothing"], "There is no recipe 'nothing'"),
         (["train", "videollama2_2_video_tuning"], "The recipe does not say model, output_dir, data;"),
         (["train", "videollama2_2_video_tuning", "--set", "x=1"], "unknown key x"),
+        (["train", "videollama2_2_video_tuning", *sets, "--estimate"], "There is no model folder ./nowhere"),
+        (["train", "videollama2_2_video_tuning", *sets], "There is no model folder ./nowhere"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)

@@ -71,7 +71,12 @@ def estimate_memory(
         world_size: Devices.
         sharding: Who holds the weights: every device (`"none"`), DeepSpeed (`"zero2"`, `"zero3"`) or FSDP2 (`"fsdp"`).
     """
-    return _place(_measure(recipe, config or VideoLlama2Config.from_pretrained(recipe.model)), world_size, sharding)
+    return _place(_measure(recipe, config or _load_config(recipe)), world_size, sharding)
+
+
+def _load_config(recipe: Recipe) -> VideoLlama2Config:
+    recipe.check_model()
+    return VideoLlama2Config.from_pretrained(recipe.model)
 
 
 def _measure(recipe: Recipe, config: VideoLlama2Config) -> _Sizes:
@@ -95,6 +100,9 @@ def _measure(recipe: Recipe, config: VideoLlama2Config) -> _Sizes:
 def _place(sizes: _Sizes, world_size: int, sharding: Sharding) -> MemoryEstimate:
     trainable, itemsize = sizes.trainable, sizes.itemsize
     gathered = 2 * sizes.largest_layer * itemsize  # the layer at work and the next
+    weights: float
+    gradients: float
+    optimizer: float
     if sharding == "none":
         # In float32, with the copies in bfloat16 that autocast keeps; DDP sends gradients in buckets of their size.
         weights = sizes.frozen_bytes + trainable * (4 if itemsize == 4 else 6)
@@ -115,7 +123,7 @@ def _place(sizes: _Sizes, world_size: int, sharding: Sharding) -> MemoryEstimate
 
 def describe_memory(recipe: Recipe, config: VideoLlama2Config | None = None) -> str:
     """A table of the recipe under the usual settings, and of its LoRA variants where it trains the language model."""
-    config = config or VideoLlama2Config.from_pretrained(recipe.model)
+    config = config or _load_config(recipe)
     devices = max(int(os.environ.get("WORLD_SIZE", "1")), 8)
     settings: list[tuple[str, int, Sharding]] = [
         ("1 device", 1, "none"),

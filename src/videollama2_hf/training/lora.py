@@ -104,7 +104,9 @@ def add_lora(model: nn.Module, lora_config: "LoraConfig") -> "PeftModel":
     """
     from peft import get_peft_model
 
-    return keep_frozen_towers_in_evaluation_mode(get_peft_model(model, lora_config))
+    adapted: Any = get_peft_model(model, lora_config)
+    keep_frozen_towers_in_evaluation_mode(adapted)
+    return adapted
 
 
 def get_quantization_config(bits: int = 4, compute_dtype: torch.dtype = torch.bfloat16) -> "BitsAndBytesConfig":

@@ -166,6 +166,15 @@ class Recipe:
             )
         return self.global_batch_size // at_once
 
+    def check_model(self) -> None:
+        """
+        Raises:
+            FileNotFoundError: `model` is a path, and there is no such folder.
+        """
+        is_path = os.path.isabs(self.model) or self.model.startswith(".") or self.model.count("/") > 1
+        if is_path and not os.path.isdir(self.model):
+            raise FileNotFoundError(f"There is no model folder {self.model}; give a folder or a name on the Hub.")
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """
@@ -194,7 +203,7 @@ class Recipe:
         return asdict(self)
 
     def save_yaml(self, path: str | os.PathLike) -> None:
-        import yaml
+        import yaml  # type: ignore[import-untyped]
 
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
@@ -205,7 +214,7 @@ def list_recipes() -> list[str]:
 
 
 def _load_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     file = Path(path)
     if not file.is_file():
@@ -224,7 +233,7 @@ def _load_yaml(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _override(values: Any, override: str) -> None:
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     key, equals, text = override.partition("=")
     if not equals or not key:

@@ -57,19 +57,16 @@ def train(recipe: Recipe, resume: bool = False) -> VideoLlama2Trainer:
     checkpoint = find_last_checkpoint(recipe.output_dir)
     if not resume and (checkpoint or (Path(recipe.output_dir) / "config.json").exists()):
         raise FileExistsError(f"{recipe.output_dir} holds a run already; resume it, or choose another output_dir.")
+    recipe.check_model()
     set_seed(recipe.seed)
     arguments = make_training_arguments(recipe)  # before the model: ZeRO-3 shards while it loads
     processor, reading_processor = load_processors(recipe)
-    model = load_model(recipe, is_sharded=is_sharded(arguments))
-    if arguments.process_index == 0:
-        print(describe_run(recipe, model, arguments), flush=True)
-
-    encoding = {
+    encoding: dict[str, Any] = {
         "prompt_format": recipe.prompt_format,
         "max_length": recipe.max_length,
         "max_text_length": recipe.max_text_length,
     }
-    reading = {"on_unreadable": recipe.unreadable_media, "seed": recipe.seed, **encoding}
+    reading: dict[str, Any] = {"on_unreadable": recipe.unreadable_media, "seed": recipe.seed, **encoding}
     dataset: Any
     if recipe.streaming:
         dataset = VideoLlama2IterableDataset(recipe.data, reading_processor, shuffle_buffer=_SHUFFLE_BUFFER, **reading)
@@ -77,9 +74,14 @@ def train(recipe: Recipe, resume: bool = False) -> VideoLlama2Trainer:
         dataset = VideoLlama2Dataset(recipe.data, reading_processor, **reading)
     eval_dataset, samples = None, []
     if recipe.eval is not None:
-        eval_dataset = VideoLlama2Dataset(load_rows(recipe.eval.data), reading_processor, **reading)
-        samples = [eval_dataset.rows[i] for i in range(min(recipe.eval.num_samples, len(eval_dataset)))]
+        eval_rows: Any = load_rows(recipe.eval.data)
+        eval_dataset = VideoLlama2Dataset(eval_rows, reading_processor, **reading)
+        samples = [eval_rows[i] for i in range(min(recipe.eval.num_samples, len(eval_rows)))]
+    train_sampler = make_sampler(recipe, dataset, arguments)
 
+    model = load_model(recipe, is_sharded=is_sharded(arguments))
+    if arguments.process_index == 0:
+        print(describe_run(recipe, model, arguments), flush=True)
     trainer = VideoLlama2Trainer(
         model=model,
         args=arguments,
@@ -87,7 +89,7 @@ def train(recipe: Recipe, resume: bool = False) -> VideoLlama2Trainer:
         eval_dataset=eval_dataset,
         data_collator=VideoLlama2DataCollator(reading_processor, packing=recipe.packing, **encoding),
         processing_class=processor,
-        train_sampler=make_sampler(recipe, dataset, arguments),
+        train_sampler=train_sampler,
         samples=samples,
     )
     if arguments.process_index == 0:
@@ -223,7 +225,8 @@ def make_sampler(
     """The order of rows that a recipe asks for; `None` for streams, whose order is their own."""
     if isinstance(dataset, VideoLlama2IterableDataset):
         return None
-    rows, batch_size = dataset.rows, recipe.per_device_batch_size
+    rows: Any = dataset.rows
+    batch_size = recipe.per_device_batch_size
     if recipe.modality_mix is not None:
         hears_videos = dataset.encode.processor.load_audio_from_video
         modalities = [get_row_modality(row, hears_videos) for row in rows]

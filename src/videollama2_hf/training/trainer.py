@@ -56,6 +56,8 @@ class VideoLlama2Trainer(Trainer):
             logged beside the model's. Needs `processing_class`, the processor.
     """
 
+    optimizer: Any  # Trainer sets it
+
     def __init__(
         self,
         *args: Any,
