@@ -147,7 +147,13 @@ class VideoLlama2PreTrainedModel(PreTrainedModel):
         `trust_remote_code=True` where this package is not installed.
         """
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, **kwargs)
+        # FSDP2 puts a class of torch's in front of the model's; the code and the name that are saved are the model's.
+        current_class = type(self)
+        self.__class__ = next(c for c in current_class.__mro__ if not c.__module__.startswith("torch.distributed"))
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.__class__ = current_class
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
         # Code outside of transformers is taken not to honour "this weight is loaded already", and modules that only
@@ -359,57 +365,53 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         [`~VideoLlama2Model.project_features`] takes and no `pooler_output`, it passes the connector here: the towers'
         features can be kept while the connectors train.
         """
-        given = (inputs.get("mm_encoder_outputs") or {}).items()
-        encoded = {modality: outputs for modality, outputs in given if outputs is not None}
-        for modality, outputs in encoded.items():
-            if inputs.get(MODEL_INPUTS[modality]) is not None:
-                raise ValueError(
-                    f"Pass either `{MODEL_INPUTS[modality]}` or encoded media, `mm_encoder_outputs[{modality!r}]`."
-                )
-            if outputs.pooler_output is None:
-                projected = self.project_features(modality, outputs.last_hidden_state)
-                encoded[modality] = replace(outputs, pooler_output=projected)
-        if inputs.get("pixel_values") is not None:
-            encoded["image"] = self.get_image_features(inputs["pixel_values"], return_dict=True)
-        if inputs.get("pixel_values_videos") is not None:
-            encoded["video"] = self.get_video_features(inputs["pixel_values_videos"], return_dict=True)
-        if inputs.get("input_features") is not None:
-            encoded["audio"] = self.get_audio_features(
-                inputs["input_features"], inputs.get("input_features_mask"), return_dict=True
-            )
-        return encoded
+        encoded = {modality: self._encode(modality, inputs) for modality in MODALITIES}
+        return {modality: outputs for modality, outputs in encoded.items() if outputs is not None}
 
-    def _run_idle_parts(self, encoded: dict[str, Any], inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """
-        `inputs_embeds` as they are, but with a gradient of zero for the towers and connectors that train and that a
-        batch has no media for, as if it held a medium without tokens.
+    def _encode(self, modality: str, inputs: dict[str, Any]) -> BaseModelOutputWithPooling | None:
+        """The media of one modality among the inputs of [`~VideoLlama2Model.encode_media`]; `None` without any."""
+        name = MODEL_INPUTS[modality]
+        given = (inputs.get("mm_encoder_outputs") or {}).get(modality)
+        if inputs.get(name) is None:
+            if given is not None and given.pooler_output is None:
+                return replace(given, pooler_output=self.project_features(modality, given.last_hidden_state))
+            return given
+        if given is not None:
+            raise ValueError(f"Pass either `{name}` or encoded media, `mm_encoder_outputs[{modality!r}]`.")
+        if modality == "audio":
+            return self.get_audio_features(inputs[name], inputs.get("input_features_mask"), return_dict=True)
+        return getattr(self, f"get_{modality}_features")(inputs[name], return_dict=True)
 
-        So every step gives every part that trains a gradient, whatever the batch of one process holds; without, the
-        processes of a distributed run would wait for each other's gradients, or for weights that are held in parts.
+    def _encode_nothing(self, modality: str, device: torch.device) -> torch.Tensor | None:
         """
-        for modality in MODALITIES:
-            if modality in encoded or (modality == "audio" and self.audio_tower is None):
-                continue
-            is_audio = modality == "audio"
-            tower = self.audio_tower if is_audio else self.vision_tower
-            if modality == "video" and self.video_tower is not None:
-                tower = self.video_tower
-            config, options = tower.config, {"dtype": torch.float32, "device": inputs_embeds.device}
-            if _takes_part(tower):
-                if is_audio:
-                    blank = torch.zeros(1, config.patch_size, config.num_mel_bins, **options)
-                else:
-                    num_frames = config.num_frames if getattr(config, "add_time_attn", False) else 2
-                    blank = torch.zeros(1, num_frames, 3, config.image_size, config.image_size, **options)
-                blank = blank[:, 0] if modality == "image" else blank
-                tokens = self.encode_media(**{MODEL_INPUTS[modality]: blank})[modality].pooler_output
-            elif _takes_part(self.mm_projector_a if is_audio else self.mm_projector):
-                shape = {"image": (1, 4), "video": (1, 2, 4), "audio": (1, 1)}[modality]
-                tokens = self.project_features(modality, torch.zeros(*shape, config.hidden_size, **options))
+        No tokens, (0,), that depend on the tower and connector of a modality where these train or are sharded.
+
+        A training step whose batch has no media of the modality adds their sum. So every step gives every part that
+        trains a gradient (of zero), whatever the batch of one process holds; without, the processes of a distributed
+        run would wait for each other's gradients, or for weights of which each holds a part.
+        """
+        if modality == "audio" and self.audio_tower is None:
+            return None
+        tower, connector = self.vision_tower, self.mm_projector
+        if modality == "audio":
+            tower, connector = self.audio_tower, self.mm_projector_a
+        elif modality == "video" and self.video_tower is not None:
+            tower = self.video_tower
+        config = tower.config
+        if _takes_part(tower):
+            if modality == "audio":
+                blank = torch.zeros(1, config.patch_size, config.num_mel_bins, device=device)
             else:
-                continue
-            inputs_embeds = inputs_embeds + tokens.flatten()[:0].sum().to(inputs_embeds.device)
-        return inputs_embeds
+                num_frames = config.num_frames if getattr(config, "add_time_attn", False) else 2
+                blank = torch.zeros(1, num_frames, 3, config.image_size, config.image_size, device=device)
+            blank = blank[:, 0] if modality == "image" else blank
+            tokens = self._encode(modality, {MODEL_INPUTS[modality]: blank}).pooler_output
+        elif _takes_part(connector):
+            shape = {"image": (1, 4), "video": (1, 2, 4), "audio": (1, 1)}[modality]
+            tokens = self.project_features(modality, torch.zeros(*shape, config.hidden_size, device=device))
+        else:
+            return None
+        return tokens.flatten()[:0]
 
     def _token_id(self, modality: str) -> int:
         return getattr(self.config, f"{modality}_token_id")
@@ -492,18 +494,24 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        encoded = self.encode_media(
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            input_features=input_features,
-            input_features_mask=input_features_mask,
-            mm_encoder_outputs=mm_encoder_outputs,
-        )
-
         if inputs_embeds is None:
             inputs_embeds = self._embed_text(input_ids)  # type: ignore[arg-type]  # one of the two is there
-        if self.training and torch.is_grad_enabled():
-            inputs_embeds = self._run_idle_parts(encoded, inputs_embeds)
+        media = {
+            "pixel_values": pixel_values,
+            "pixel_values_videos": pixel_values_videos,
+            "input_features": input_features,
+            "input_features_mask": input_features_mask,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        encoded = {}
+        for modality in MODALITIES:  # in one order, which distributed training depends on
+            outputs = self._encode(modality, media)
+            if outputs is not None:
+                encoded[modality] = outputs
+            elif self.training and torch.is_grad_enabled():
+                nothing = self._encode_nothing(modality, inputs_embeds.device)
+                if nothing is not None:
+                    inputs_embeds = inputs_embeds + nothing.sum().to(inputs_embeds.device)
         flat_features = {}
         if encoded:
             masks = self.get_placeholder_masks(input_ids, inputs_embeds)
