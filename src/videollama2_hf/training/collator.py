@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..processing_videollama2 import VideoLlama2Processor
 from .conversations import RowFormat, to_messages
@@ -57,7 +58,8 @@ class VideoLlama2DataCollator:
         Returns:
             `input_ids`, `labels` and `attention_mask` (batch, length), and as far as there are such media
             `pixel_values`, `pixel_values_videos`, `input_features` and `input_features_mask`, in reading order over
-            the batch. With `packing`, `position_ids` in place of `attention_mask`, and a batch of one row.
+            the batch; of rows from a [`FeatureCache`], `mm_encoder_outputs`. With `packing`, `position_ids` in place
+            of `attention_mask`, and a batch of one row.
         """
         if not rows:
             raise ValueError("There is no row to make a batch of.")
@@ -87,8 +89,21 @@ def _join_media(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     for name in ("pixel_values", "pixel_values_videos", "input_features", "input_features_mask"):
         media = [medium for row in rows if row.get(name) is not None for medium in row[name]]
         if media:
-            joined[name] = torch.stack(media) if len({medium.shape for medium in media}) == 1 else media
+            joined[name] = _stack(media)
+    features: dict[str, list[torch.Tensor]] = {}
+    for row in rows:
+        for modality, media in (row.get("mm_encoder_outputs") or {}).items():
+            features.setdefault(modality, []).extend(media)
+    if features:
+        joined["mm_encoder_outputs"] = {
+            modality: BaseModelOutputWithPooling(last_hidden_state=_stack(media))
+            for modality, media in features.items()
+        }
     return joined
+
+
+def _stack(media: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    return torch.stack(media) if len({medium.shape for medium in media}) == 1 else media
 
 
 __all__ = ["VideoLlama2DataCollator"]
