@@ -17,6 +17,8 @@ _MODULE_OF = {
     "VideoLlama2IterableDataset": "dataset",
     "load_rows": "data",
     "to_messages": "conversations",
+    # what frozen towers make of the rows, kept
+    "FeatureCache": "feature_cache",
     # which parts train
     "PARTS": "stages",
     "count_parameters": "stages",
@@ -36,6 +38,9 @@ _MODULE_OF = {
     "ModalityMixSampler": "samplers",
     "get_row_modality": "samplers",
     "get_signed_word_count": "samplers",
+    # what the first stages start from
+    "add_audio_tower": "assemble",
+    "assemble_model": "assemble",
     # recipes, and running them
     "Recipe": "recipe",
     "VideoLlama2Trainer": "trainer",
