@@ -93,6 +93,8 @@ def test_merged_and_cast_tensors_are_computed_again(merged):
     changed = {tensor.target for tensor in plan.tensors if tensor.change is not None}
     assert {name for name, relation in relations.items() if relation == "LoRA merged"} == changed and changed
     assert relations["model.norm.weight"] == "BF16 cast to F16"
+    files = {item["file"] for item in proof["tensors"]}
+    assert files >= {"non_lora_trainables.bin", "base_llm_mistral/model.safetensors"}
     errors = [item["max_difference_from_float64"] for item in proof["tensors"] if "lora" in item]
     assert 0 < max(errors) < 1e-2
 
@@ -145,7 +147,7 @@ def test_a_changed_byte_on_disk_publishes_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("damage", ["missing", "not finite", "not reproducible"])
+@pytest.mark.parametrize("damage", ["missing", "not finite", "overflow", "not reproducible"])
 def test_a_model_that_does_not_work(verified, tmp_path, monkeypatch, damage):
     folder = tmp_path / "out"
     shutil.copytree(verified, folder)
@@ -156,6 +158,9 @@ def test_a_model_that_does_not_work(verified, tmp_path, monkeypatch, damage):
     elif damage == "not finite":
         weights["model.mm_projector.readout.0.bias"][0] = float("nan")
         expected = "the features of the image contain NaN"
+    elif damage == "overflow":
+        weights["lm_head.weight"] *= float("inf")
+        expected = "the logits contain NaN"
     else:
         encode, calls = VideoLlama2ForConditionalGeneration.encode_media, []
 
@@ -200,5 +205,5 @@ def test_memory_is_that_of_the_machine_or_of_the_container(monkeypatch):
 
 def test_source_in_the_cache_of_the_hub(tmp_path):
     folder = tmp_path / "models--DAMO-NLP-SG--VideoLLaMA2.1-7B-AV" / "snapshots" / ("0a" * 20)
-    assert report.source_repository(folder) == ("DAMO-NLP-SG/VideoLLaMA2.1-7B-AV", "0a" * 20)
-    assert report.source_repository(tmp_path / "mine") == ("mine", None)
+    assert verify.source_repository(folder) == ("DAMO-NLP-SG/VideoLLaMA2.1-7B-AV", "0a" * 20)
+    assert verify.source_repository(tmp_path / "mine") == ("mine", None)

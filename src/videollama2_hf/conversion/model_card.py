@@ -12,7 +12,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ..configuration_videollama2 import VideoLlama2Config
 from .plan import Plan
 from .published import PUBLISHED, find_published
-from .report import SUMMARY_FILE, source_repository, summarise, table
+from .report import SUMMARY_FILE, summarise, table
+from .verify import source_repository
 
 
 # The same as in README.md of this package.

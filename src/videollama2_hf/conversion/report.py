@@ -3,7 +3,6 @@
 import datetime
 import json
 import platform
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -15,21 +14,22 @@ from transformers.utils import logging
 from .plan import Plan
 from .reference import compare_with_original
 from .tensors import read_folder
-from .verify import NEW_TOKENS, VerificationError, bytes_to_hash, hash_file, self_check, verify_tensors
+from .verify import (
+    NEW_TOKENS,
+    VerificationError,
+    bytes_to_hash,
+    file_label,
+    hash_file,
+    self_check,
+    source_repository,
+    verify_tensors,
+)
 
 
 REPORT_FILE, SUMMARY_FILE = "conversion_report.json", "CONVERSION.md"
 _PACKAGES = ("videollama2-hf", "transformers", "torch", "torchvision", "timm", "safetensors", "tokenizers")
-# A folder of the Hub's cache: models--OWNER--NAME/snapshots/COMMIT.
-_SNAPSHOT = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})$")
 
 logger = logging.get_logger(__name__)
-
-
-def source_repository(folder: Path) -> tuple[str, str | None]:
-    """Repository and commit of a folder in the Hub's cache; name of another folder and `None`."""
-    match = _SNAPSHOT.search(str(folder.absolute()))
-    return (f"{match[1]}/{match[2]}", match[3]) if match else (folder.absolute().name, None)
 
 
 def bytes_to_verify(plan: Plan) -> int:
@@ -64,7 +64,9 @@ def prove(
     _require(proof.pop("problems"), "The written tensors are not those of the source")
     files = []
     for path in _source_files(plan):
-        files.append({"file": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path, progress.update)})
+        files.append(
+            {"file": file_label(plan, path), "bytes": path.stat().st_size, "sha256": hash_file(path, progress.update)}
+        )
     checks = {"self_check": self_check(folder, plan.nbytes)}
     if reference is not None:
         checks["reference"] = compare_with_original(plan, folder, Path(reference), reference_python)

@@ -89,7 +89,7 @@ def load_original(job: dict[str, Any]) -> Any:
         tower = model.get_vision_tower()
         tower.vision_tower = type(tower.vision_tower).from_pretrained(tower.vision_tower_name)
     for path, prefix in job["files"]:
-        tensors = torch.load(path, map_location="cpu")
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
         tensors = tensors["model"] if "cfg" in tensors else tensors
         model.load_state_dict({prefix + name: tensor for name, tensor in tensors.items()}, strict=False)
     model = model.float().eval()

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,8 @@ from .tensors import CHUNK_SIZE, DTYPES, StoredTensor, as_bytes, read_folder
 
 BLOCK_SIZE = 2**22  # values of a tensor that are recomputed at once
 NEW_TOKENS = 8
+# A folder of the Hub's cache: models--OWNER--NAME/snapshots/COMMIT.
+_SNAPSHOT = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})$")
 PROMPT = "What is seen and heard?"
 
 Advance = Callable[[int], Any]
@@ -53,6 +56,19 @@ def hash_tensor(tensor: StoredTensor, advance: Advance = lambda count: None, siz
     return digest.hexdigest()
 
 
+def source_repository(folder: Path) -> tuple[str, str | None]:
+    """Repository and commit of a folder in the Hub's cache; name of another folder and `None`."""
+    match = _SNAPSHOT.search(str(folder.absolute()))
+    return (f"{match[1]}/{match[2]}", match[3]) if match else (folder.absolute().name, None)
+
+
+def file_label(plan: Plan, path: Path) -> str:
+    """A file of the source for a report that others read: without the folders of whoever made it."""
+    if path.is_relative_to(plan.source.folder):
+        return path.relative_to(plan.source.folder).as_posix()
+    return f"{source_repository(path.parent)[0]}/{path.name}"
+
+
 def verify_tensors(plan: Plan, folder: Path, advance: Advance = lambda count: None) -> dict[str, Any]:
     """
     Reads all source and target tensors from disk and compares them: what is a copy has the same bytes; what is cast
@@ -80,7 +96,7 @@ def verify_tensors(plan: Plan, folder: Path, advance: Advance = lambda count: No
         entry = {
             "target": tensor.target,
             "source": tensor.source.name,
-            "file": tensor.source.file.name,
+            "file": file_label(plan, tensor.source.file),
             "part": tensor.part,
             "shape": list(tensor.shape),
             "dtype": tensor.dtype,
@@ -110,7 +126,7 @@ def verify_tensors(plan: Plan, folder: Path, advance: Advance = lambda count: No
     left_out = [
         {
             "source": item.source.name,
-            "file": item.source.file.name,
+            "file": file_label(plan, item.source.file),
             "part": item.part,
             "shape": list(item.source.shape),
             "dtype": item.source.dtype,
@@ -311,8 +327,11 @@ def _try_model(model: Any, processor: VideoLlama2Processor, result: dict[str, An
     if not torch.isfinite(logits).all():
         return ["the logits contain NaN or infinite values"]
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-    reused = model.generate(**text, mm_encoder_outputs=media, **options)[0, inputs["input_ids"].shape[1] :]
-    whole = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    try:
+        reused = model.generate(**text, mm_encoder_outputs=media, **options)[0, inputs["input_ids"].shape[1] :]
+        whole = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    except FloatingPointError as error:
+        return [f"generation broke down: {error}"]
     result["greedy"] = {"ids": reused.tolist(), "text": processor.decode(reused)}
     if reused.tolist() != whole.tolist():
         problems.append(f"generation from encoded media gives {reused.tolist()}, from the media {whole.tolist()}")
