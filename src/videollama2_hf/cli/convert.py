@@ -71,7 +71,9 @@ def convert(
     size = parse_size(max_shard_size)
     if to_original:
         assert output is not None
-        restore_original(checkpoint, output, original=original, full=full, max_shard_size=size, overwrite=overwrite)
+        restore_original(
+            checkpoint, output, original=original, full=full, max_shard_size=size, resume=resume, overwrite=overwrite
+        )
         typer.echo(f"Written: {output}")
         return
     plan = convert_checkpoint(

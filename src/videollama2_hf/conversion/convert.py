@@ -1,5 +1,6 @@
 """Original checkpoints to safetensors that transformers load, written tensor by tensor and published in one step."""
 
+import errno
 import hashlib
 import json
 import os
@@ -40,6 +41,7 @@ DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes
 _PLAN_FILE, _LOCK_FILE = ".plan.json", ".lock"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _LARGEST_SMALL_FILE = 50 * 2**20  # bytes
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def convert_checkpoint(
@@ -97,6 +99,8 @@ def write_checkpoint(
     """Carries a plan out; see [`convert_checkpoint`]."""
     shards = plan.shards(max_shard_size)
     fingerprint = _fingerprint(plan, max_shard_size)
+    folders = {plan.source.folder, plan.source.language_model_folder}
+    check_apart(output, folders, {part.folder for part in plan.source.parts})
     with published_folder(output, fingerprint, resume=resume, overwrite=overwrite) as folder:
         names = shard_names(len(shards))
         done = {name for name in names if (folder / name).is_file()}
@@ -113,6 +117,7 @@ def write_checkpoint(
                     for tensor in shard:
                         if not _write_tensor(tensor, writer, progress):
                             not_finite.append(tensor.source.name)
+                            writer.keep = False  # else `resume` would take the file for checked
         if not_finite:
             raise ConversionError(
                 f"{plan.source.folder} holds values that are not finite (NaN or infinite, perhaps after the change of "
@@ -237,6 +242,19 @@ def _fingerprint(plan: Plan, max_shard_size: int) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def check_apart(output: Path, folders: set[Path], places: set[Path]) -> None:
+    """
+    Raises:
+        ConversionError: The output is one of these folders or lies in it, or one of the places where weights are read
+            lies in the output, so that writing or overwriting it would change a source.
+    """
+    target = output.resolve()
+    overlapping = [folder for folder in folders if target.is_relative_to(folder.resolve())]
+    overlapping += [place for place in places if place.resolve().is_relative_to(target)]
+    if overlapping:
+        raise ConversionError(f"The output {output} and the source {overlapping[0]} overlap. Choose another --output.")
+
+
 def check_space(folder: Path, size: int) -> None:
     """
     Raises:
@@ -294,17 +312,20 @@ def published_folder(
             _clear(folder)
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            message = f"{error.strerror}: {output} is not complete. Make space and go on with --resume."
+            raise OSError(message) from error
         plan_file.unlink()
         _sync(folder)
-        replaced = None
-        if output.exists():
-            replaced = output.with_name(f".{output.name}.replaced")
+        replaced = output.with_name(f".{output.name}.replaced")
+        if overwrite and output.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(output, replaced)
-        os.rename(folder, output)
+        os.rename(folder, output)  # fails where another process has made a folder with something in it
         (output / _LOCK_FILE).unlink(missing_ok=True)
-        if replaced is not None:
-            shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         lock.release()
 

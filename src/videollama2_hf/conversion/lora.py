@@ -61,7 +61,13 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         ConversionError: It is not LoRA of the plain kind, or a factor lacks its partner.
     """
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config_path = folder / "adapter_config.json"
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{config_path} is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise ConversionError(f"{config_path} is not the configuration of an adapter (a JSON object).")
     unsupported = {
         name: config[name] for name in ("use_dora", "fan_in_fan_out", "layer_replication") if config.get(name)
     }
@@ -70,6 +76,8 @@ def read_adapter(folder: Path) -> Adapter:
             f"{folder} holds a PEFT adapter of type {config.get('peft_type')} {unsupported or ''}; only plain LoRA is "
             "merged here. Merge it with PEFT (`merge_and_unload`) and convert the result."
         )
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise ConversionError(f"{config_path} lacks the number `lora_alpha`, by which the change is scaled.")
     path = next(
         (folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()),
         None,
@@ -89,6 +97,13 @@ def read_adapter(folder: Path) -> Adapter:
     alone = sorted(module for module, pair in factors.items() if len(pair) != 2)
     if alone:
         raise ConversionError(f"{path} holds only one of the two LoRA factors of {', '.join(alone[:5])}.")
+    unequal = sorted(
+        module
+        for module, pair in factors.items()
+        if len(pair["A"].shape) != 2 or len(pair["B"].shape) != 2 or pair["A"].shape[0] != pair["B"].shape[1]
+    )
+    if unequal:
+        raise ConversionError(f"{path} holds LoRA factors of different ranks for {', '.join(unequal[:5])}.")
     changes = {
         f"{module}.weight": LowRank(pair["A"], pair["B"], _scaling(module, pair["A"], config), module in embeddings)
         for module, pair in factors.items()

@@ -1,5 +1,6 @@
 """Back to the original's layout: the files of the checkpoint that a folder was converted from."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from .convert import (
     LAYOUT_FILE,
     LEFT_OUT_FILE,
     ORIGINAL_FOLDER,
+    check_apart,
     check_space,
     progress_bar,
     published_folder,
@@ -34,6 +36,7 @@ def restore_original(
     original: str | Path | None = None,
     full: bool = False,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> None:
     """
@@ -48,7 +51,8 @@ def restore_original(
         original: The converted folder that the trained model `checkpoint` comes from. `None`: it was not trained.
         full: Whether to write a full checkpoint where the source was a projector or LoRA.
         max_shard_size: Largest size of a new weight file, in bytes.
-        overwrite: Whether to replace `output`.
+        resume: Whether to go on with one that was interrupted.
+        overwrite: Whether to replace `output`, and what an interrupted one left.
 
     Raises:
         ConversionError: It is not known what the original looked like, or a tensor of it is missing.
@@ -61,7 +65,7 @@ def restore_original(
             f"{small} does not say what the original looked like. Pass the folder that this model was fine-tuned "
             "from, as `videollama2 convert` made it: --original PATH."
         )
-    layout = json.loads((small / LAYOUT_FILE).read_text(encoding="utf-8"))
+    layout = _read_layout(small / LAYOUT_FILE)
     if "one_way" in layout:
         raise ConversionError(layout["one_way"])
     tensors = {complete_name(name): tensor for name, tensor in read_folder(checkpoint).items()}
@@ -79,21 +83,55 @@ def restore_original(
         )
     contents: dict[str, dict[str, StoredTensor]] = files  # type: ignore[assignment]  # none is missing
     total = sum(tensor.nbytes for content in contents.values() for tensor in content.values())
-    with published_folder(Path(output), "", overwrite=overwrite) as folder:
+    folders = {checkpoint, small.parent}
+    check_apart(Path(output), folders, folders)
+    with published_folder(Path(output), _fingerprint(contents), resume=resume, overwrite=overwrite) as folder:
         check_space(folder, total)
         _copy_originals(small, folder, full)
         with progress_bar("restoring", total) as progress:
             for name, content in contents.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                if name.endswith(".safetensors"):
+                if (folder / name).is_file():  # whole, from before the interruption
+                    progress.update(sum(tensor.nbytes for tensor in content.values()))
+                elif name.endswith(".safetensors"):
                     _write_safetensors(folder / name, layout["files"][name].get("header"), content, progress)
                 else:
-                    torch.save({key: tensor.load() for key, tensor in content.items()}, folder / name)
+                    temporary = folder / f"{name}.part"
+                    torch.save({key: tensor.load() for key, tensor in content.items()}, temporary)
+                    temporary.replace(folder / name)
                     progress.update(sum(tensor.nbytes for tensor in content.values()))
         if full and len(contents) > 1:
             weight_map = {key: name for name, content in contents.items() for key in content}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _read_layout(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ConversionError: It is not what a conversion writes, or names files that lie elsewhere.
+    """
+    try:
+        layout = json.loads(path.read_text(encoding="utf-8"))
+        names = [
+            name for name, entry in layout["files"].items() if layout["kind"] and dict(entry["tensors"]) is not None
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConversionError(
+            f"{path} is not the layout of an original checkpoint. Convert the original again."
+        ) from None
+    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise ConversionError(f"{path} names {outside}, which are not files of its own folder. It was not followed.")
+    return layout
+
+
+def _fingerprint(contents: dict[str, dict[str, StoredTensor]]) -> str:
+    """Changes with the files that are written and with those that are read."""
+    read = sorted({tensor.file for content in contents.values() for tensor in content.values()})
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+    written = {name: list(content) for name, content in contents.items()}
+    return hashlib.sha256(json.dumps([stats, written]).encode()).hexdigest()
 
 
 def _full_layout(

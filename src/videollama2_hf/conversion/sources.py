@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
@@ -208,10 +208,12 @@ def open_source(
             )
         arguments.get("audio_config", {}).update(audio_overrides)
         config = VideoLlama2Config(**arguments)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, StrictDataclassError) as error:
         if isinstance(error, ConversionError):
             raise
         message = f"{CONFIG_NAME} of {folder} lacks {error}" if isinstance(error, KeyError) else str(error)
+        if isinstance(error, StrictDataclassError):  # its last line says what is wrong
+            message = f"{CONFIG_NAME} of {folder} is not valid: {message.splitlines()[-1].strip().split(': ', 1)[-1]}"
         raise ConversionError(message) from None
     return Source(
         kind, folder, config_dict, config, parts, tokenizer, preprocessor, language_model_folder, adapter, notes=notes
@@ -224,9 +226,9 @@ def is_video_llava(config_dict: dict[str, Any]) -> bool:
 
 
 def _check_model_type(config_dict: dict[str, Any], folder: Path) -> None:
-    if is_original_config(config_dict):
-        return
     model_type = config_dict.get("model_type")
+    if isinstance(model_type, str) and is_original_config(config_dict):
+        return
     if model_type == "videollama2":
         raise ConversionError(f"{folder} is converted already; transformers loads it as it is.")
     known = ", ".join(sorted(name for name in ORIGINAL_MODEL_TYPES if name != "llava"))
@@ -238,7 +240,7 @@ def _check_model_type(config_dict: dict[str, Any], folder: Path) -> None:
 def load_source_tokenizer(folder: Path, config_dict: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
         return load_original_tokenizer(str(folder), config_dict)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more precise
         reason = str(error).strip().split("\n")[0]
         raise ConversionError(f"The tokenizer in {folder} cannot be read: {reason}") from None
 

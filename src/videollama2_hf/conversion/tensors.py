@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import struct
@@ -76,7 +77,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def chunks(self) -> Iterator[memoryview]:
         """Its bytes, in pieces of at most [`CHUNK_SIZE`]; a piece is valid until the next one is asked for."""
@@ -155,8 +156,11 @@ def read_safetensors_header(path: Path) -> tuple[bytes, dict[str, Any], int]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-        unknown = {entry["dtype"] for key, entry in header.items() if key != "__metadata__"} - set(DTYPES)
+        entries = [entry for key, entry in header.items() if key != "__metadata__"]
+        if not all(type(n) is int and n >= 0 for entry in entries for n in (*entry["shape"], *entry["data_offsets"])):
+            raise ValueError("sizes are whole numbers")
+        end = max((end for _, end in (entry["data_offsets"] for entry in entries)), default=0)
+        unknown = {entry["dtype"] for entry in entries} - set(DTYPES)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
         raise ConversionError(f"The header of {path} is not a safetensors header. {_AGAIN}") from None
     if unknown:
@@ -174,7 +178,7 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
             continue
         start, end = entry["data_offsets"]
         tensor = StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), data + start)
-        if start < 0 or tensor.nbytes != end - start:
+        if tensor.nbytes != end - start:
             raise ConversionError(f"The header of {path} gives {name!r} a size that is not its shape's. {_AGAIN}")
         tensors[name] = tensor
     return tensors
@@ -208,6 +212,11 @@ def from_state_dict(state_dict: Any, path: Path) -> dict[str, StoredTensor]:
             f"{path} holds no weights by name, but {type(state_dict).__name__}"
             + (f" with {sorted(map(str, state_dict))[:5]}" if isinstance(state_dict, dict) else "")
             + ". Pass the file of weights itself."
+        )
+    unknown = {str(tensor.dtype) for tensor in state_dict.values() if tensor.dtype not in DTYPE_NAMES}
+    if unknown or any(tensor.layout != torch.strided for tensor in state_dict.values()):
+        raise ConversionError(
+            f"{path} holds tensors of another kind ({sorted(unknown) or 'sparse'}) than dense numbers."
         )
     return {
         name: StoredTensor(name, path, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), values=tensor)
@@ -286,7 +295,12 @@ class SafetensorsWriter:
     Args:
         path: The file.
         tensors: Name, dtype and shape of all tensors, in the order in which they will be written.
+
+    Attributes:
+        keep: Whether the file is kept when it is complete.
     """
+
+    keep = True
 
     def __init__(self, path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], header: bytes | None = None):
         self.path = path
@@ -312,10 +326,11 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, error_type: type | None, *_: Any) -> None:
-        if error_type is None:
+        keep = self.keep and error_type is None
+        if keep:
             os.fsync(self._file.fileno())
         self._file.close()
-        if error_type is None:
+        if keep:
             os.replace(self._temporary, self.path)
         else:
             self._temporary.unlink(missing_ok=True)
