@@ -20,7 +20,10 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 from ..modeling_videollama2 import AUTO_MAP
 from ..processing_videollama2 import VideoLlama2Processor
+from .model_card import write_model_card
 from .plan import Plan, PlannedTensor, build_meta_model, build_plan
+from .reference import check_original_code
+from .report import bytes_to_verify, prove
 from .sources import open_source
 from .tensors import (
     DTYPES,
@@ -58,6 +61,9 @@ def convert_checkpoint(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    verify: bool = False,
+    reference: str | Path | None = None,
+    reference_python: str | None = None,
 ) -> Plan:
     """
     Converts an original checkpoint of VideoLLaMA 2 or Video-LLaVA, or one of transformers' port of the latter.
@@ -70,6 +76,9 @@ def convert_checkpoint(
         resume: Whether to go on with a conversion that was interrupted.
         overwrite: Whether to replace `output`, and what an interrupted conversion left.
         dry_run: Whether only to plan; nothing is written and `output` may be `None`.
+        verify: Whether to read everything back, try the model and write the report, see [`prove`].
+        reference: A copy of the original code to compare with, layer by layer; verifies too.
+        reference_python: The interpreter of an environment with the original's requirements.
 
     Returns:
         What was done (or would be) with every tensor.
@@ -78,13 +87,23 @@ def convert_checkpoint(
         ConversionError: The checkpoint is not what it should be; nothing is left behind.
         FileExistsError: `output` is there already.
         OSError: It could not be written; `resume` goes on.
+        VerificationError: A check did not hold; nothing is published.
     """
     plan = build_plan(open_source(checkpoint, revision, base, vision_tower, audio_tower, video_tower), dtype)
     if dry_run:
         return plan
     if output is None:
         raise ConversionError("A conversion needs an `output` folder.")
-    write_checkpoint(plan, Path(output), max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
+    write_checkpoint(
+        plan,
+        Path(output),
+        max_shard_size=max_shard_size,
+        resume=resume,
+        overwrite=overwrite,
+        verify=verify,
+        reference=reference,
+        reference_python=reference_python,
+    )
     return plan
 
 
@@ -95,8 +114,13 @@ def write_checkpoint(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     resume: bool = False,
     overwrite: bool = False,
+    verify: bool = False,
+    reference: str | Path | None = None,
+    reference_python: str | None = None,
 ) -> None:
     """Carries a plan out; see [`convert_checkpoint`]."""
+    if reference is not None:
+        check_original_code(Path(reference), reference_python)
     shards = plan.shards(max_shard_size)
     fingerprint = _fingerprint(plan, max_shard_size)
     folders = {plan.source.folder, plan.source.language_model_folder}
@@ -129,6 +153,11 @@ def write_checkpoint(
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         _write_model_files(plan, folder)
         _write_original(plan, folder)
+        report = None
+        if verify or reference is not None:
+            with progress_bar("verifying", bytes_to_verify(plan)) as progress:
+                report = prove(plan, folder, progress, reference, reference_python)
+        write_model_card(plan, folder, output.name, report)
 
 
 def shard_names(count: int) -> list[str]:
