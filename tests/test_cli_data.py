@@ -10,8 +10,9 @@ from transformers import AutoProcessor
 
 from processing_utils import GOLDENS, write_media
 from videollama2_hf.cli import main
+from videollama2_hf.messages_videollama2 import prepare_messages
 from videollama2_hf.training import RowEncoder, to_messages
-from videollama2_hf.training.inspection import draw_media, render_text, split_runs
+from videollama2_hf.training.inspection import _plan_panels, draw_media, render_text, split_runs
 
 
 CHECKPOINT = str(GOLDENS / "qwen2_siglip_beats_av" / "checkpoint")
@@ -98,6 +99,16 @@ def test_show_prints_and_draws_a_row(folder, capsys):
         assert image.size[0] == 1200 and len(np.unique(np.asarray(image.convert("L")))) > 50
     assert run("data", "show", folder / "good.jsonl", "--row", 2, "--model", CHECKPOINT) == 2
     assert "has the rows 0 to 1" in capsys.readouterr().err
+
+
+def test_silent_videos_without_audio_tokens_have_no_panel_of_sound(folder, tmp_path):
+    processor = AutoProcessor.from_pretrained(CHECKPOINT, chunk_length=1, missing_audio_policy="drop")
+    row = {"videos": ["silent.mp4", "loud.mp4"], "audio": "sound.wav", "conversations": turns("<video><video><audio>")}
+    messages = to_messages(row, media_root=folder)
+    encoded = RowEncoder(processor)(messages)
+    content = [block for message in prepare_messages(messages) for block in message["content"]]
+    titles = [title for _, title, *_ in _plan_panels(content, encoded, processor)]
+    assert titles == ["video 1, 8 frames", "video 2, 8 frames", "sound of video 2", "audio 1"]
 
 
 def test_what_is_learned_is_what_is_coloured(folder):

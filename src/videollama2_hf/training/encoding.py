@@ -187,7 +187,7 @@ class RowEncoder:
                     frames = self._count_frames(block["video"])
                     numbers = processor._get_num_multimodal_tokens(video_sizes=[(frames, 1, 1)])
                     counts.append([(processor.video_token, numbers.num_video_tokens[0])])
-                    if self._is_heard(block):
+                    if self.is_heard(block):
                         counts[-1].append((processor.audio_token, self._num_sound_tokens))
                 elif block["type"] == "audio":
                     counts.append([(processor.audio_token, self._num_sound_tokens)])
@@ -208,7 +208,8 @@ class RowEncoder:
         metadata = read_video_metadata(clip.source, clip.start, clip.end)
         return len(video_processor.sample_frames(metadata, fps=fps, start=clip.start, end=clip.end))
 
-    def _is_heard(self, block: dict[str, Any]) -> bool:
+    def is_heard(self, block: dict[str, Any]) -> bool:
+        """Whether a video, as a block of [`prepare_messages`], has audio tokens."""
         heard = block["load_audio_from_video"]
         if not (self.processor.load_audio_from_video if heard is None else heard) or not self.processor.has_audio:
             return False

@@ -230,7 +230,7 @@ def draw_media(
 def _plan_panels(content: list[dict], encoded: dict[str, Any], processor: VideoLlama2Processor) -> list[tuple]:
     """Kind, title and what to draw of every panel, in reading order."""
     media = {name: iter(encoded.get(name, [])) for name in ("pixel_values", "pixel_values_videos", "input_features")}
-    runs = [run.medium for run in split_runs(encoded, processor) if run.medium is not None]
+    encoder = RowEncoder(processor)
     seconds = processor.feature_extractor.chunk_length
     numbers: Counter[str] = Counter()
     panels: list[tuple] = []
@@ -248,8 +248,7 @@ def _plan_panels(content: list[dict], encoded: dict[str, Any], processor: VideoL
             metadata = processor.video_processor([block["video"]], return_metadata=True)["video_metadata"][0]
             pictures = _to_pictures(next(media["pixel_values_videos"]), processor.video_processor)
             panels.append((kind, f"{title}, {len(pictures)} frames", pictures, metadata))
-            heard = block["load_audio_from_video"]
-            if "audio" in runs and (processor.load_audio_from_video if heard is None else heard):
+            if encoder.is_heard(block):
                 panels.append(("audio", f"sound of {title}", next(media["input_features"]), seconds))
     return panels
 
