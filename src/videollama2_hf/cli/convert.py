@@ -39,6 +39,19 @@ def convert(
         str | None, typer.Option(help="float32, float16 or bfloat16; default: every tensor keeps its own.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every tensor, run the result, write conversion_report.json.")
+    ] = False,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of the original code, to compare with layer by layer.")
+    ] = None,
+    reference_python: Annotated[
+        str | None, typer.Option(help="The Python that can run the original code; default: this one.")
+    ] = None,
+    repository: Annotated[
+        str | None, typer.Option("--push-to-hub", help="Hub repository to upload the result to.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")] = False,
     to_original: Annotated[
         bool, typer.Option("--to-original", help="The way back: write the layout of the original code.")
@@ -60,11 +73,11 @@ def convert(
 
     **Examples**
 
-        videollama2 convert DAMO-NLP-SG/VideoLLaMA2.1-7B-AV --output converted
+        videollama2 convert DAMO-NLP-SG/VideoLLaMA2.1-7B-AV --output converted --verify
         videollama2 convert my-lora-run --base mistralai/Mistral-7B-Instruct-v0.2 --output merged
         videollama2 convert fine-tuned --to-original --original converted --output for-the-original-code
     """
-    from ..conversion import convert_checkpoint, restore_original
+    from ..conversion import convert_checkpoint, push_to_hub, restore_original
 
     if output is None and not dry_run:
         raise ValueError("Say where the result is to be written: --output FOLDER.")
@@ -89,6 +102,9 @@ def convert(
         resume=resume,
         overwrite=overwrite,
         dry_run=dry_run,
+        verify=verify,
+        reference=reference,
+        reference_python=reference_python,
     )
     if dry_run:
         typer.echo(plan.describe())
@@ -96,3 +112,6 @@ def convert(
     for note in plan.source.notes:
         typer.echo(f"Note: {note}")
     typer.echo(f"Written: {output} ({plan.nbytes / 1e9:.2f} GB, {len(plan.tensors)} tensors)")
+    if repository is not None:
+        assert output is not None
+        typer.echo(f"Uploaded: {push_to_hub(output, repository, private=private)}")
