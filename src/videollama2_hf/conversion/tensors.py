@@ -21,7 +21,7 @@ from transformers.utils import (
 )
 
 
-CHUNK_SIZE = 8 * 2**20  # bytes; a multiple of every item size
+CHUNK_SIZE = 2**18  # bytes; a multiple of every item size, and in the cache from reading to writing
 _MAX_HEADER_SIZE = 100 * 2**20  # bytes; the limit of the safetensors library
 
 # safetensors' names of dtypes.
