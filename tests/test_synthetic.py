@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from tiny_models import AUDIO_SIZES
 from videollama2_hf import VideoLlama2ForConditionalGeneration, VideoLlama2Processor
@@ -270,10 +271,10 @@ def tiny(tokenizer, **kwargs):
     }
     vision = {
         "model_type": "siglip_vision_model",
-        "hidden_size": 24,
-        "intermediate_size": 32,
+        "hidden_size": 64,
+        "intermediate_size": 96,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
+        "num_attention_heads": 4,
         "image_size": 64,
         "patch_size": 8,
         "vision_use_head": False,
@@ -313,6 +314,13 @@ def test_every_stage_trains_its_parts_and_the_next_begins_with_them(tmp_path, st
         assert (tmp_path / name / "log.jsonl").is_file()
     assert VideoLlama2Processor.from_pretrained(tmp_path / "5" / "model").feature_extractor.chunk_length == 4
 
+    main(["export", "--model", str(tmp_path / "5" / "model"), "--output", str(tmp_path / "shipped")])
+    assert not [path for path in (tmp_path / "shipped").iterdir() if path.suffix == ".py"]
+    assert not [path for path in (tmp_path / "shipped").glob("*.json") if "auto_map" in path.read_text()]
+    shipped = AutoModelForMultimodalLM.from_pretrained(tmp_path / "shipped", dtype="auto")
+    assert shipped.dtype == torch.bfloat16
+    assert type(AutoProcessor.from_pretrained(tmp_path / "shipped")) is VideoLlama2Processor
+
     monkeypatch.setattr(ablation, "CONNECTORS", {"spatial_pool": "pooling", "frame_mlp2x_gelu": "every frame"})
     results = ablation.run_ablation(tmp_path, seeds=1, steps=1, batch_size=2, per_skill=1, cpu=True)
     assert [results[name][0]["tokens"] for name in ("spatial_pool", "frame_mlp2x_gelu")] == [8 * 16, 8 * 64]
@@ -320,11 +328,12 @@ def test_every_stage_trains_its_parts_and_the_next_begins_with_them(tmp_path, st
     assert "| 128 | " in ablation.format_ablation(results)
 
 
-def test_a_stage_that_is_stopped_goes_on_to_the_same_weights(tmp_path, starts_tiny):
-    assert stages.run_stage("text", tmp_path / "a", steps=3, batch_size=2, cpu=True)
-    while not stages.run_stage("text", tmp_path / "b", steps=3, batch_size=2, minutes=0, cpu=True):
-        assert not (tmp_path / "b" / "text" / "model").exists()
-    models = [VideoLlama2ForConditionalGeneration.from_pretrained(tmp_path / name / "text" / "model") for name in "ab"]
+@pytest.mark.parametrize("name", ["audio", "text"])
+def test_a_stage_that_is_stopped_goes_on_to_the_same_weights(tmp_path, starts_tiny, name):
+    assert stages.run_stage(name, tmp_path / "a", steps=3, batch_size=2, cpu=True)
+    while not stages.run_stage(name, tmp_path / "b", steps=3, batch_size=2, minutes=0, cpu=True):
+        assert not (tmp_path / "b" / name / "model").exists()
+    models = [VideoLlama2ForConditionalGeneration.from_pretrained(tmp_path / run / name / "model") for run in "ab"]
     for one, other in zip(*(model.state_dict().values() for model in models)):
         assert torch.equal(one, other)
 

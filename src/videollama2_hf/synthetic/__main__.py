@@ -34,6 +34,10 @@ def main(arguments: list[str] | None = None) -> None:
     evaluate.add_argument("--no-files", action="store_true", help="draw media instead of writing and reading files")
     evaluate.add_argument("--output", help="JSON file to write the numbers to")
 
+    export = commands.add_parser("export", help="write a trained model for shipping: bfloat16, no code beside it")
+    export.add_argument("--model", required=True, help="folder of the model")
+    export.add_argument("--output", required=True, help="folder to write")
+
     ablate = commands.add_parser("ablate", help="compare connectors on the video part, and print the table")
     ablate.add_argument("--output", required=True, help="folder of all stages, stage 0 finished")
     ablate.add_argument("--seeds", type=int, default=3)
@@ -45,7 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     options = parser.parse_args(arguments)
     try:
-        {"generate": _generate, "train": _train, "evaluate": _evaluate, "ablate": _ablate}[options.command](options)
+        {"generate": _generate, "train": _train, "evaluate": _evaluate, "export": _export, "ablate": _ablate}[
+            options.command
+        ](options)
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -91,6 +97,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluate_folder(
         options.model, options.per_skill, options.seed, not options.seen, not options.no_files, options.output
     )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .small_model import export
+
+    export(options.model, options.output)
 
 
 def _ablate(options: argparse.Namespace) -> None:

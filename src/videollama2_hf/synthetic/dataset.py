@@ -4,7 +4,6 @@ sound are drawn on the device that trains, from descriptions of a few hundred nu
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from .world import SECONDS
 
 DrawRow = Callable[[np.random.Generator], Row]
 NUM_FILTER_BANK_FRAMES = 398
+_MAX_KNOWN = 100_000
 
 
 class RowTokenizer:
@@ -40,7 +40,8 @@ class RowTokenizer:
 
     def __init__(self, tokenizer: Any, config: VideoLlama2Config, prompt_format: str = "chat"):
         self.prompt_format = prompt_format
-        self.encode = lru_cache(maxsize=100_000)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        self.tokenizer = tokenizer
+        self.known: dict[str, list[int]] = {}
         video = [config.video_token_id] * config.num_visual_tokens("video")
         audio = [config.audio_token_id] * get_num_audio_tokens(NUM_FILTER_BANK_FRAMES)
         self.media = {
@@ -50,6 +51,14 @@ class RowTokenizer:
             "audio_visual": video + audio,
             "text": [],
         }
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text; most pieces come again and again."""
+        if text not in self.known:
+            if len(self.known) >= _MAX_KNOWN:
+                self.known.clear()
+            self.known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.known[text]
 
     def __call__(self, row: Row) -> dict[str, torch.Tensor]:
         """`input_ids` and `labels`, int64 (length,)."""

@@ -238,8 +238,8 @@ def evaluate(
         both = [i for i, case in enumerate(cases) if case.row.medium == "audio_visual"]
         partly = {}
         for kind in ("video", "audio"):
-            media = [{**own[i], kind: shuffled[i][kind]} for i in both]
-            partly[kind] = dict(zip(both, evaluator.answers_rightly([rows[i] for i in both], media)))
+            mixed = [{**own[i], kind: shuffled[i][kind]} for i in both]
+            partly[kind] = dict(zip(both, evaluator.answers_rightly([rows[i] for i in both], mixed)))
     results = []
     for skill in dict.fromkeys(case.skill for case in cases):
         chosen = [i for i, case in enumerate(cases) if case.skill == skill]
@@ -284,8 +284,7 @@ def format_table(results: Sequence[SkillResult]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        numbers = [result.accuracy, result.chance, result.majority, result.text_only, result.shuffled]
-        numbers += [result.shuffled_video, result.shuffled_audio]
+        numbers = list(vars(result).values())[2:]
         cells = ["" if number is None else f"{number:.2f}" for number in numbers]
         lines.append(f"| {result.skill} | {result.count} | {' | '.join(cells)} |")
     return "\n".join(lines)

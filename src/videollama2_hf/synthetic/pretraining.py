@@ -97,7 +97,6 @@ class VisionPretraining(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(config.hidden_size, size) for name, size in sizes.items()})
         self.present = nn.Linear(config.hidden_size, len(COLOURS) * len(SHAPES))
         self.number = nn.Linear(config.hidden_size, MAX_THINGS + 1)
-        self.register_buffer("centre_weight", torch.tensor([1.0, 4.0]), persistent=False)
 
     def forward(self, drawn: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         config: Any = self.tower.config
@@ -112,7 +111,8 @@ class VisionPretraining(nn.Module):
         for name, head in self.heads.items():
             logits = head(features).float().flatten(0, 1)
             target = labels[name].flatten()
-            loss = loss + cross_entropy(logits, target, self.centre_weight if name == "centre" else None)
+            weight = logits.new_tensor([1.0, 4.0]) if name == "centre" else None
+            loss = loss + cross_entropy(logits, target, weight)
             asked = target > 0
             accuracies[name] = (logits.argmax(dim=1) == target)[asked].float().mean().detach()
         return {"loss": loss, **accuracies}

@@ -1,5 +1,5 @@
 """
-The small model: VideoLLaMA 2.1-AV's architecture, all parts real, at 9.5 M parameters.
+The small model: VideoLLaMA 2.1-AV's architecture, all parts real, at 11 M parameters.
 
 Frames of 64 x 64 and four seconds of sound are configuration, not code: 8 frames become 64 tokens (STC v35) and the
 sound 192.
@@ -109,10 +109,11 @@ def build_config(tokenizer: Any, **kwargs: Any) -> VideoLlama2Config:
         },
         "vision_config": {
             "model_type": "siglip_vision_model",
-            "hidden_size": 192,
+            # As the language model's, which connectors without RegStage need.
+            "hidden_size": 256,
             "intermediate_size": 640,
             "num_hidden_layers": 5,
-            "num_attention_heads": 3,
+            "num_attention_heads": 4,
             "image_size": FRAME_SIZE,
             "patch_size": 8,
             "vision_use_head": False,
@@ -175,11 +176,41 @@ def save_untrained(output_dir: str, seed: int = 0) -> None:
     build_model(config, seed).save_pretrained(output_dir)
 
 
+def export(model_dir: str, output_dir: str) -> None:
+    """
+    Writes a trained small model for shipping: weights in bfloat16, without the copies of this package's code that
+    `save_pretrained` puts beside them.
+    """
+    import json
+    from pathlib import Path
+
+    import torch
+
+    model = VideoLlama2ForConditionalGeneration.from_pretrained(model_dir, dtype=torch.bfloat16)
+    VideoLlama2Processor.from_pretrained(model_dir).save_pretrained(output_dir)
+    model.save_pretrained(output_dir)
+    for path in Path(output_dir).glob("*.py"):
+        path.unlink()
+    for path in Path(output_dir).glob("*.json"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if _drop_auto_map(values):
+            path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _drop_auto_map(values: Any) -> bool:
+    """Takes every `auto_map` out of a JSON value, in place; whether there was one."""
+    if not isinstance(values, dict):
+        return False
+    found = values.pop("auto_map", None) is not None
+    return any([found, *(_drop_auto_map(value) for value in values.values())])
+
+
 __all__ = [
     "build_config",
     "build_model",
     "build_processor",
     "build_tokenizer",
     "build_world_tokenizer",
+    "export",
     "save_untrained",
 ]

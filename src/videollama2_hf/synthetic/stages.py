@@ -6,8 +6,10 @@ from what the stages before it wrote: `python -m videollama2_hf.synthetic train 
 """
 
 import json
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -189,8 +191,12 @@ def load_before(name: str, root: Path) -> tuple[Any, Any]:
         return VideoLlama2ForConditionalGeneration.from_pretrained(str(path), dtype=torch.float32)
 
     untrained = root / "untrained"
-    if not (untrained / "config.json").is_file():
-        save_untrained(str(untrained))
+    if not untrained.is_dir():  # in one move, for stages that start side by side
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            save_untrained(f"{folder}/untrained")
+            with suppress(OSError):
+                (Path(folder) / "untrained").rename(untrained)
     processor = VideoLlama2Processor.from_pretrained(str(untrained))
     if name in ("vision", "audio", "text"):
         return load("untrained"), processor
