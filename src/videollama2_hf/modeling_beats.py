@@ -292,8 +292,9 @@ class VideoLlama2AudioModel(PreTrainedModel):
         if isinstance(module, VideoLlama2AudioPositionalConv):
             std = (4 / (self.config.conv_pos * self.config.hidden_size)) ** 0.5
             init.normal_(module.v, mean=0.0, std=std)
-            # The norm of a tap of `v`, so that the weight starts as `v`.
-            init.constant_(module.g, std * (module.v.shape[0] * module.v.shape[1]) ** 0.5)
+            # The norm of a tap of `v`, so that the weight starts as `v`. Its shape is not asked: ZeRO-3 holds none.
+            num_values = self.config.hidden_size * (self.config.hidden_size // self.config.conv_pos_groups)
+            init.constant_(module.g, std * num_values**0.5)
             init.zeros_(module.bias)
         elif isinstance(module, VideoLlama2AudioAttention) and self.config.gru_rel_pos:
             init.ones_(module.grep_a)
