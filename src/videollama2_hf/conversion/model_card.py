@@ -161,14 +161,16 @@ def model_card(plan: Plan, name: str, report: dict[str, Any] | None = None) -> s
 
 
 def _architecture(config: VideoLlama2Config) -> str:
-    vision = config.vision_config
+    vision: Any = config.vision_config
+    text: Any = config.text_config
+    video: Any = config.video_config
     line = (
-        f"{FAMILIES[config.text_config.model_type][0]} language model ({config.text_config.num_hidden_layers} layers, "
-        f"width {config.text_config.hidden_size}), vision tower `{vision.model_type}` ({vision.image_size} pixels, "
+        f"{FAMILIES[text.model_type][0]} language model ({text.num_hidden_layers} layers, "
+        f"width {text.hidden_size}), vision tower `{vision.model_type}` ({vision.image_size} pixels, "
         f"patches of {vision.patch_size}), connector `{config.connector_type}`, {config.num_frames} frames for a video"
     )
-    if config.video_config is not None:
-        over_time = " with attention over time" if config.video_config.add_time_attn else ""
+    if video is not None:
+        over_time = " with attention over time" if video.add_time_attn else ""
         line += f", a tower of its own for videos{over_time}"
     if config.audio_config is not None:
         line += f", and BEATs for sound (connector `{config.audio_connector_type}`)"
@@ -178,13 +180,14 @@ def _architecture(config: VideoLlama2Config) -> str:
 def _parts(plan: Plan, published: str | None) -> Iterator[tuple[str, str, str | None, License]]:
     """Part, its origin for people, its repository if that is known, its licence; the language model first."""
     source, config = plan.source, plan.source.config
-    family, family_license = FAMILIES[config.text_config.model_type]
+    text: Any = config.text_config
+    family, family_license = FAMILIES[text.model_type]
     base = PUBLISHED[published].language_model if published else _base_name(plan)
     if base in LANGUAGE_MODELS:
         yield "language model", f"[{base}](https://huggingface.co/{base})", base, LANGUAGE_MODELS[base]
     else:
         known = f"`{base}`" if base else "not recorded in the checkpoint"
-        size_matters = config.text_config.model_type == "qwen2" and config.text_config.hidden_size >= 8192
+        size_matters = text.model_type == "qwen2" and text.hidden_size >= 8192
         license = TONGYI if size_matters else family_license
         yield (
             "language model",
@@ -209,10 +212,10 @@ def _parts(plan: Plan, published: str | None) -> Iterator[tuple[str, str, str | 
         }
     for key, name in towers.items():
         kind = "LanguageBind" if "languagebind" in name.lower() else "CLIP" if "clip" in name.lower() else "SigLIP"
-        known = name in (CLIP, SIGLIP) or name.startswith("LanguageBind/")
-        origin = f"[{name}](https://huggingface.co/{name})" if known else f"{kind}, `{Path(name).name}`"
+        is_known = name in (CLIP, SIGLIP) or name.startswith("LanguageBind/")
+        origin = f"[{name}](https://huggingface.co/{name})" if is_known else f"{kind}, `{Path(name).name}`"
         label = key.removeprefix("mm_").replace("_", " ")
-        yield label, origin, name if known else None, APACHE if kind == "SigLIP" else MIT
+        yield label, origin, name if is_known else None, APACHE if kind == "SigLIP" else MIT
     if config.audio_config is not None:
         yield "audio tower", "[BEATs](https://github.com/microsoft/unilm/tree/master/beats)", None, MIT
     system = VIDEO_LLAVA if config.video_config is not None else VIDEOLLAMA2

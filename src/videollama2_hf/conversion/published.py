@@ -1,6 +1,7 @@
 """The published checkpoints: how to know them, and what their authors published about them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..configuration_videollama2 import VideoLlama2Config
 
@@ -27,7 +28,7 @@ class Published:
 
     def is_described_by(self, config: VideoLlama2Config) -> bool:
         """Whether a configuration is this checkpoint's."""
-        text = config.text_config
+        text: Any = config.text_config
         return (text.hidden_size, text.num_hidden_layers, config.num_frames, config.audio_config is not None) == (
             self.hidden_size,
             self.num_layers,

@@ -130,6 +130,8 @@ def _modules(config: VideoLlama2Config) -> dict[str, str]:
     """The original's name -> ours, of every module whose output is compared, in the order of computation."""
     names = {}
     layer = config.vision_feature_layer
+    text_config: Any = config.text_config
+    audio_config: Any = config.audio_config
 
     def add_tower(original: str, ours: str, tower: Any) -> None:
         count = tower.num_hidden_layers
@@ -142,12 +144,12 @@ def _modules(config: VideoLlama2Config) -> dict[str, str]:
     else:
         add_tower("model.vision_tower.vision_tower.vision_model", "model.vision_tower", config.vision_config)
     names["model.mm_projector"] = "model.mm_projector"
-    if config.audio_config is not None:
-        for i in range(config.audio_config.num_hidden_layers):
+    if audio_config is not None:
+        for i in range(audio_config.num_hidden_layers):
             names[f"model.audio_tower.encoder.layers.{i}"] = f"model.audio_tower.encoder.layers.{i}"
         names["model.mm_projector_a"] = "model.mm_projector_a"
     names["inputs_embeds"] = "inputs_embeds"
-    for i in range(config.text_config.num_hidden_layers):
+    for i in range(text_config.num_hidden_layers):
         names[f"model.layers.{i}"] = f"model.language_model.layers.{i}"
     names["model.norm"] = "model.language_model.norm"
     return {**names, "logits": "logits"}
@@ -240,7 +242,7 @@ def _run_original(
 
 def _audio_sizes(config: VideoLlama2Config) -> dict[str, Any] | None:
     """BEATs' sizes under the names of the original's `BEATsConfig`."""
-    audio = config.audio_config
+    audio: Any = config.audio_config
     if audio is None:
         return None
     return {

@@ -48,7 +48,7 @@ def import_original(code: Path) -> Any:
     builder = importlib.import_module(f"{name}.model.builder" if name == "videollava" else f"{name}.model")
     for key, module in list(sys.modules.items()):
         if key.startswith(name) and getattr(module, "torch", None) is torch:
-            module.torch = _Float32("torch")
+            vars(module)["torch"] = _Float32("torch")
     return builder
 
 
@@ -95,10 +95,10 @@ def load_original(job: dict[str, Any]) -> Any:
     model = model.float().eval()
     parameters = dict(model.named_parameters())
     for names, dtype in job["rounded"]:
-        name = next((name for name in names if name in parameters), None)
-        if name is None:
+        found = next((name for name in names if name in parameters), None)
+        if found is None:
             raise KeyError(f"The original has no parameter {' or '.join(names)}.")
-        parameters[name].data = parameters[name].data.to(getattr(torch, dtype)).float()
+        parameters[found].data = parameters[found].data.to(getattr(torch, dtype)).float()
     return model
 
 
@@ -123,7 +123,7 @@ def run_case(model: Any, case: dict[str, Any], inputs: Any, modules: list[str], 
 
     handles.append(layer.register_forward_pre_hook(save_embeddings, with_kwargs=True))
     tensors = {name: torch.from_numpy(inputs[name]) for name in inputs.files}
-    images = []
+    images: list[Any] = []
     for kind, names in case["media"]:
         if kind == "plain":  # Video-LLaVA
             images.append(tensors[names])
@@ -157,14 +157,10 @@ def main(path: Path) -> None:
     with np.load(path.parent / "inputs.npz") as inputs:
         for case in job["cases"]:
             run_case(model, case, inputs, job["modules"], path.parent)
-    versions = {
-        "python": sys.version.split()[0],
-        **{
-            name: sys.modules[name].__version__
-            for name in ("torch", "transformers", "timm", "peft")
-            if name in sys.modules
-        },
-    }
+    versions = {"python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "timm", "peft"):
+        if name in sys.modules:
+            versions[name] = sys.modules[name].__version__
     (path.parent / "versions.json").write_text(json.dumps(versions))
 
 

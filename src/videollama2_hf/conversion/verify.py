@@ -58,15 +58,17 @@ def hash_tensor(tensor: StoredTensor, advance: Advance = lambda count: None, siz
 
 def source_repository(folder: Path) -> tuple[str, str | None]:
     """Repository and commit of a folder in the Hub's cache; name of another folder and `None`."""
-    match = _SNAPSHOT.search(str(folder.absolute()))
-    return (f"{match[1]}/{match[2]}", match[3]) if match else (folder.absolute().name, None)
+    folder = folder.resolve()
+    match = _SNAPSHOT.search(str(folder))
+    return (f"{match[1]}/{match[2]}", match[3]) if match else (folder.name, None)
 
 
 def file_label(plan: Plan, path: Path) -> str:
     """A file of the source for a report that others read: without the folders of whoever made it."""
-    if path.is_relative_to(plan.source.folder):
-        return path.relative_to(plan.source.folder).as_posix()
-    return f"{source_repository(path.parent)[0]}/{path.name}"
+    folder, root = path.parent.resolve(), plan.source.folder.resolve()  # in the Hub's cache, files are links
+    if folder.is_relative_to(root):
+        return (folder.relative_to(root) / path.name).as_posix()
+    return f"{source_repository(folder)[0]}/{path.name}"
 
 
 def verify_tensors(plan: Plan, folder: Path, advance: Advance = lambda count: None) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def verify_tensors(plan: Plan, folder: Path, advance: Advance = lambda count: No
         if tensor.target not in stored:
             continue
         target = stored[tensor.target]
-        entry = {
+        entry: dict[str, Any] = {
             "target": tensor.target,
             "source": tensor.source.name,
             "file": file_label(plan, tensor.source.file),
