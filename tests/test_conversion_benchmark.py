@@ -32,4 +32,4 @@ def test_short_benchmark(tmp_path):
     rows = json.loads((tmp_path / "conversion.json").read_text())["rows"]
     assert set(rows) == {"safetensors", "pytorch .bin"}
     for row in rows.values():
-        assert row["equal_tensors"] > 400 and row["bytes"] > 10**8
+        assert row["equal_tensors"] > 300 and row["bytes"] > 10**8
