@@ -20,8 +20,8 @@ import soundfile
 import torch
 from PIL import Image
 
+from videollama2_hf import audio_decoding_videollama2 as audio_decoding
 from videollama2_hf import frame_decoding_videollama2 as frame_decoding
-from videollama2_hf import media_videollama2 as media
 from videollama2_hf.image_processing_videollama2 import load_image
 from videollama2_hf.media_videollama2 import (
     MediaError,
@@ -30,6 +30,7 @@ from videollama2_hf.media_videollama2 import (
     fetch_media,
     has_audio,
     open_media,
+    open_video,
     read_audio_file,
     read_audio_track,
     read_frames,
@@ -94,8 +95,17 @@ MADE = {
     "sound.m4a": "-i cfr.mp4 -vn -c copy",
     "front.mp4": "-i cfr.mp4 -c copy -movflags +faststart",
     "front.mov": "-i mjpeg.mov -an -c copy -movflags +faststart",
+    "no_noise_bands.mp4": "-i cfr.mp4 -c:v copy -c:a aac -aac_pns 0",
+    "no_noise_bands.m4a": "-i cfr.mp4 -vn -ar 44100 -ac 1 -c:a aac -aac_pns 0",
 }
-STILL = ("sound.m4a", "silent.mp4", "front.mp4", "front.mov")  # made for other tests than those of frames
+STILL = (
+    "sound.m4a",
+    "silent.mp4",
+    "front.mp4",
+    "front.mov",
+    "no_noise_bands.mp4",
+    "no_noise_bands.m4a",
+)  # made for other tests than those of frames
 VIDEOS = [name for name in MADE if name not in STILL] + list(REAL)
 # Where frames are all there is of one kind: what the container says of them is not what decoding gives.
 FPS = {"vfr.mp4": None, "pattern.gif": 25, "screenshot.gif": 25, "bigbuckbunny.mp4": 25, "carphone.mp4": 30000 / 1001}
@@ -206,6 +216,33 @@ def test_only_what_is_needed_is_decoded(clips, monkeypatch):
         decoded.clear()
         read_frames(clips["open_gop.mp4"], [index])
         assert len(decoded) <= 2 * 25 + 1
+
+
+@pytest.mark.parametrize("name", ["cfr.mp4", "open_gop.mp4", "intra_refresh.mp4", "vp8.webm", "mpeg4.avi"])
+def test_frames_one_at_a_time(name, clips):
+    with open_video(clips[name]) as video:
+        metadata = video.read_metadata()
+        indices = [*range(3, metadata.total_num_frames, 19), 3]
+        frames = dict(video.iter_frames(indices, lambda frame: frame[:8]))
+        assert video.read_metadata() == metadata
+        assert torch.equal(video.read_frames(indices)[:, :8], torch.stack([frames[index] for index in indices]))
+    assert list(frames) == indices[:-1] and metadata == read_video_metadata(clips[name])
+    assert torch.equal(read_frames(clips[name], indices), read_frames(clips[name].read_bytes(), indices))
+
+
+def test_frames_of_a_folder_one_at_a_time(tmp_path):
+    for number in range(4):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    with open_video(tmp_path) as video:
+        assert [(index, int(frame[0, 0, 0])) for index, frame in video.iter_frames([3, 1, 3])] == [(1, 1), (3, 3)]
+
+
+def test_a_video_is_opened_once(clips, monkeypatch):
+    opened, av_open = [], av.open
+    monkeypatch.setattr(av, "open", lambda *args, **kwargs: opened.append(args) or av_open(*args, **kwargs))
+    with torch_threads(1), open_video(clips["cfr.mp4"]) as video:
+        video.read_frames(range(0, video.read_metadata().total_num_frames, 9))
+    assert len(opened) == 1
 
 
 @pytest.mark.parametrize("name", ["cfr.mp4", "vp9.webm", "theora.ogg", "pattern.gif"])
@@ -488,6 +525,56 @@ def test_parts_are_in_the_time_of_the_video(clips):
     np.testing.assert_array_equal(part, whole[first : first + 16000])
 
 
+@pytest.mark.parametrize("rate", [16000, 22050])
+@pytest.mark.parametrize(
+    "name",
+    ["no_noise_bands.mp4", "no_noise_bands.m4a", "cfr.mp4", "edit_list.mp4", "late_sound.mp4", "open_gop.mkv",
+     "mjpeg.mov", "world.mp4", "bigbuckbunny.mp4"],
+)  # fmt: skip
+def test_windows_of_a_track(name, rate, clips):
+    whole = read_audio_track(clips[name], rate)
+    for start, end in ((None, None), (0.3, 2.1), (0.5, 9.0), (9.0, 9.5)):
+        part = whole if start is None else read_audio_track(clips[name], rate, start, end)
+        for first in (0, 777):
+            windows = [(first, first + 1200), (first + 1000, first + 2000), (len(part) - 900, len(part) + 50)]
+            windows = [(max(begin, 0), last) for begin, last in windows]
+            lengths = []
+            heard = read_audio_track(clips[name], rate, start, end, lambda n: lengths.append(n) or windows)  # noqa: B023
+            np.testing.assert_array_equal(heard, np.concatenate([part[begin:last] for begin, last in windows]))
+            assert set(lengths) == {len(part)}
+
+
+@pytest.mark.parametrize("name, is_sought", [("no_noise_bands.mp4", True), ("cfr.mp4", False)])
+def test_only_what_is_heard_is_decoded(name, is_sought, clips, monkeypatch):
+    """Where AAC has noise bands, the noise depends on all packets before."""
+    packets, demux_packets = [], frame_decoding.demux_packets
+
+    def count(*args):
+        for packet in demux_packets(*args):
+            packets.append(packet)
+            yield packet
+
+    monkeypatch.setattr(audio_decoding, "demux_packets", count)
+    whole = read_audio_track(clips[name])
+    num_packets = len(packets)
+    packets.clear()
+    part = read_audio_track(clips[name], select=lambda num_samples: [(30000, 31000)])
+    np.testing.assert_array_equal(part, whole[30000:31000])
+    assert (len(packets) < num_packets / 3) == is_sought
+
+
+def test_damaged_packets_and_windows(clips, monkeypatch):
+    whole = read_audio_track(clips["no_noise_bands.mp4"])
+    content = bytes(damage(clips["no_noise_bands.mp4"], "audio", slice(20, 23)))
+    part = read_audio_track(content, select=lambda num_samples: [(30000, 31000)])
+    np.testing.assert_array_equal(part, whole[30000:31000])  # what is damaged was not needed
+    warnings = []
+    monkeypatch.setattr(audio_decoding.logger, "warning", warnings.append)
+    part = read_audio_track(content, select=lambda num_samples: [(7000, 8000)])
+    np.testing.assert_array_equal(part, read_audio_track(content)[7000:8000])
+    assert len(warnings) == 2
+
+
 def test_other_rate(clips):
     track = read_audio_track(clips["cfr.mp4"], sampling_rate=8000)
     expected = ffmpeg("-i cfr.mp4 -vn -ac 1 -ar 8000 -f s16le -", clips["cfr.mp4"].parent)
@@ -561,7 +648,7 @@ def test_broken_track(read, clips, monkeypatch):
     for samples, expected in zip(*((x if isinstance(x, tuple) else (x,)) for x in (part, whole))):
         np.testing.assert_array_equal(samples, expected)
     warnings = []
-    monkeypatch.setattr(media.logger, "warning", warnings.append)
+    monkeypatch.setattr(audio_decoding.logger, "warning", warnings.append)
     read(damage(clips["cfr.mp4"], "audio", slice(20, 23)))
     assert len(warnings) == 1 and "damaged and were left out" in warnings[0]
 

@@ -23,7 +23,14 @@ from processing_utils import (
     write_media,
 )
 from videollama2_hf import VideoLlama2Config
-from videollama2_hf.media_videollama2 import MediaError, VideoClip, fetch_media, is_video_clip, read_video_metadata
+from videollama2_hf.media_videollama2 import (
+    MediaError,
+    VideoClip,
+    VideoReader,
+    fetch_media,
+    is_video_clip,
+    read_video_metadata,
+)
 from videollama2_hf.messages_videollama2 import SoundClip, prepare_messages
 from videollama2_hf.processing_videollama2 import VideoLlama2Processor
 
@@ -411,9 +418,7 @@ def test_windows_of_the_video_tower(tmp_path, media, monkeypatch):
     loaded = VideoLlama2Processor.from_pretrained(tmp_path)
     assert loaded.video_processor.temporal_window == 8
     assert len(encode(loaded, [user(block("video", media["silent"], num_frames=16))]).pixel_values_videos[0]) == 16
-    monkeypatch.setattr(
-        "videollama2_hf.video_processing_videollama2.read_frames", lambda *args, **kwargs: pytest.fail("decoded")
-    )
+    monkeypatch.setattr(VideoReader, "read_frames", lambda *args, **kwargs: pytest.fail("decoded"))
     for options, count in (({"num_frames": 4}, 4), ({"fps": 2}, 6)):
         with pytest.raises(
             ValueError, match=f"windows of 8 frames, but this video gives {count} frames. Choose num_frames=8 or"

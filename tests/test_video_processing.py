@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers.video_utils import VideoMetadata
 
 from videollama2_hf.image_processing_videollama2 import VideoLlama2ImageProcessor
-from videollama2_hf.media_videollama2 import VideoClip
+from videollama2_hf.media_videollama2 import VideoClip, VideoReader
 from videollama2_hf.video_processing_videollama2 import (
     VideoLlama2VideoProcessor,
     fps_frame_indices,
@@ -355,11 +355,11 @@ def test_frames_are_resized_as_they_arrive(video_file, monkeypatch):
     path, _ = video_file
     seen = []
 
-    def read_frames(source, indices, transform):
+    def read_frames(self, indices, transform):
         seen.append(transform(torch.zeros(1080, 1920, 3, dtype=torch.uint8)))
         return torch.stack(seen * len(indices))
 
-    monkeypatch.setattr("videollama2_hf.video_processing_videollama2.read_frames", read_frames)
+    monkeypatch.setattr(VideoReader, "read_frames", read_frames)
     VideoLlama2VideoProcessor(**SMALL)(path)
     assert seen[0].shape == (3, 24, 24) and seen[0].dtype == torch.uint8
 

@@ -173,12 +173,14 @@ class VideoLlama2FeatureExtractor(SequenceFeatureExtractor):
             NoAudioTrackError: The video has no audio track. The original puts [`silent_waveform`] in its place.
             MediaError: The track is damaged.
         """
-        track = read_audio_track(source, self.sampling_rate, start, end)
-        if self._mode(audio_mode) == "full":
-            windows = full_clip_windows(len(track), self.sampling_rate, self.num_clips, self.chunk_length)
-        else:
-            windows = reference_clip_windows(len(track), self.sampling_rate, self.num_clips, self.clip_duration)
-        return np.concatenate([track[first:last] for first, last in windows])
+        is_full = self._mode(audio_mode) == "full"
+
+        def select(num_samples: int) -> list[tuple[int, int]]:
+            if is_full:
+                return full_clip_windows(num_samples, self.sampling_rate, self.num_clips, self.chunk_length)
+            return reference_clip_windows(num_samples, self.sampling_rate, self.num_clips, self.clip_duration)
+
+        return read_audio_track(source, self.sampling_rate, start, end, select)
 
     def load_audio_file(
         self,

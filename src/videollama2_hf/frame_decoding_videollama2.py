@@ -1,13 +1,10 @@
 """
-Decoding some frames of an open video, exactly: which packets show which frames, what must be decoded for them, and
-whether packets are missing.
+Decoding some frames of an open video, exactly: which packets show which frames, and what must be decoded for them.
 
 A *group* is a keyframe and the packets up to the next keyframe, in the order in which they are decoded. The *index* of
 a frame counts frames in the order in which they are shown. *Timestamps* are in the time base of the stream.
 """
 
-import re
-import struct
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -19,24 +16,22 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from .media_files_videollama2 import import_av, packet_end
+
 
 if TYPE_CHECKING:
     import av
 
 logger = logging.get_logger(__name__)
 
-# Codecs whose every packet becomes one frame, so that packets can be counted in place of frames. Others have packets
-# without a frame (the hidden frames of VP8, the placeholders of MPEG-4 in AVI) and are counted by decoding.
+# Codecs of which a packet becomes one frame, or says that it does not (VP8), so that packets can be counted in place
+# of frames. Others have packets without a frame (the placeholders of MPEG-4 in AVI) and are counted by decoding.
 FRAME_PER_PACKET = (
-    *("h264", "hevc", "vp9", "av1", "mpeg1video", "mpeg2video", "mjpeg", "gif", "prores", "dnxhd"),
+    *("h264", "hevc", "vp8", "vp9", "av1", "mpeg1video", "mpeg2video", "mjpeg", "gif", "prores", "dnxhd"),
     *("ffv1", "huffyuv", "ffvhuff", "utvideo", "rawvideo", "png"),
 )
 # Decoders that can leave out frames that no other frame refers to, and be told so packet by packet.
-SKIPPING_DECODERS = ("h264", "hevc", "vp9", "mpeg1video", "mpeg2video")
-# Headers that count the samples or frames of a track, and those whose duration of it FFmpeg passes on. Elsewhere the
-# duration that FFmpeg gives is that of what it finds, or a guess from the size of the file.
-_COUNTING_FORMATS = ("avi", "aiff", "caf")
-_TIMING_FORMATS = ("flac", "au", "tta", "wv")
+SKIPPING_DECODERS = ("h264", "hevc", "vp8", "vp9", "mpeg1video", "mpeg2video")
 
 
 @dataclass(frozen=True)
@@ -50,12 +45,16 @@ class Group:
 
 @dataclass(frozen=True)
 class FrameTable:
-    """Which packets show which frames: `frames` are (timestamp, number of the group to decode from), or `None` where
-    only an index in decoding order was read; [`plan_runs`] then reads the packets of the groups that matter."""
+    """
+    Which packets show which frames: `frames` are (timestamp, number of the group to decode from), and the last packet
+    ends at `end`. Both are `None` where only an index in decoding order was read; [`plan_runs`] then reads the packets
+    of the groups that matter.
+    """
 
     num_frames: int
     groups: list[Group]
     frames: list[tuple[int, int]] | None = None
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,6 @@ class Run:
 
     start: Group
     targets: dict[int, int]
-
-
-def import_av():
-    """Import PyAV when the first file is opened, so that other uses of this package do not wait for it."""
-    try:
-        import av
-        import av.stream
-        import av.video.reformatter
-    except ImportError as error:
-        raise ImportError("Reading video and audio files needs PyAV: `pip install av`.") from error
-    return av
 
 
 def demux_packets(
@@ -99,66 +87,6 @@ def demux_packets(
                 started = packet.pos == start.position
             if started:
                 yield packet
-
-
-def packet_end(packet: "av.Packet") -> float:
-    """When the content of a packet ends, in seconds on the clock of the file; 0 if the packet does not say."""
-    timestamp = packet.dts if packet.pts is None else packet.pts
-    return 0.0 if timestamp is None else float((timestamp + (packet.duration or 0)) * packet.time_base)
-
-
-def announced_end(
-    container: "av.container.InputContainer", stream: "av.VideoStream | av.AudioStream", end: float
-) -> float | None:
-    """
-    Where a track should end if it is cut off: the seconds that the file announces where that is clearly more than
-    `end`, which was reached. `None` where all is there, and where the format announces nothing (MPEG, Ogg, GIF, raw
-    streams, whatever was written to a pipe).
-
-    Encoders' padding, edits and rounded headers make a difference of up to 5 % or half a second ordinary. Only MP4
-    says for every packet whether it is there.
-    """
-    if container.format.name.startswith("mov") and any(e.pos + e.size > container.size for e in stream.index_entries):
-        return float((stream.duration or 0) * (stream.time_base or 0))
-    announced = _announced_duration(container, stream, end)
-    return announced if announced is not None and announced - end > max(0.5, 0.05 * announced) else None
-
-
-def _announced_duration(
-    container: "av.container.InputContainer", stream: "av.VideoStream | av.AudioStream", end: float
-) -> float | None:
-    kind = container.format.name
-    if kind in _COUNTING_FORMATS:
-        # FFmpeg leaves 2 ** 30 in an AVI file that it cannot go back in. There, late sound counts what comes before it
-        # too, so that only as much of it as there is video is sure.
-        tracks = [stream, *container.streams.video[:1]] if kind == "avi" else [stream]
-        return min((float(t.frames * (t.time_base or 0)) for t in tracks if 0 < t.frames < 2**30), default=None)
-    # An MP3 file says how long it is in the header that LAME and FFmpeg write, and only there when it starts. An MP4
-    # file that does not count its packets is in fragments, and may have an index of these.
-    if (
-        kind in _TIMING_FORMATS
-        or (kind == "mp3" and stream.start_time)
-        or (kind.startswith("mov") and stream.frames == 0)
-    ):
-        return float(stream.duration * (stream.time_base or 0)) if stream.duration else None
-    if kind.startswith("matroska"):
-        # The tag is of the track; a tool that cuts a file may leave it as it was.
-        tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-        if tag is None or not container.duration:
-            return None
-        hours, minutes, seconds = map(float, tag.groups())
-        return min(3600 * hours + 60 * minutes + seconds, container.duration / 1e6)
-    if kind == "wav" and stream.codec_context.bit_rate:
-        # FFmpeg corrects the size in the header to that of the file. 0 and the largest stand for an unknown one.
-        if container.file is None:
-            with open(container.name.removeprefix("file:"), "rb") as file:
-                head = file.read(8)
-        else:
-            head = bytes(container.file.file.getbuffer()[:8])
-        size = struct.unpack("<I", head[4:])[0] + 8
-        if head[:4] == b"RIFF" and container.size < size < 0x7FFF0000:
-            return end + (size - container.size) * 8 / stream.codec_context.bit_rate
-    return None
 
 
 def decode_packet(stream: "av.VideoStream", packet: "av.Packet | None") -> list["av.VideoFrame"]:
@@ -242,17 +170,22 @@ def read_frame_table(container: "av.container.InputContainer", stream: "av.Video
         packets = [
             (e.timestamp, e.pos, e.is_keyframe, e.is_discard, e.pos + e.size <= container.size) for e in entries
         ]
-        shown_at = []
+        shown_at, last_end = [], 0
     else:
-        packets, shown_at = [], []
+        packets, shown_at, last_end = [], [], 0
         for packet in demux_packets(container, stream):
             position = -1 if packet.pos is None else packet.pos
+            last_end = max(last_end, packet_end(packet))
+            is_shown = not packet.is_discard
+            if stream.codec.canonical_name == "vp8":
+                is_shown = is_shown and bool(bytes(packet)[0] & 0x10)  # show_frame, RFC 6386, 9.1
             if packet.pts is None or (packet.is_keyframe and position < 0):
                 return None
             timestamp = packet.pts if packet.dts is None else packet.dts
-            packets.append((timestamp, position, packet.is_keyframe, packet.is_discard, True))
+            packets.append((timestamp, position, packet.is_keyframe, not is_shown, True))
             shown_at.append(packet.pts)
-        if len(set(shown_at)) < len(shown_at):
+        visible_at = [timestamp for timestamp, packet in zip(shown_at, packets) if not packet[3]]
+        if len(set(visible_at)) < len(visible_at):
             return None
     if not packets or not packets[0][2]:
         return None
@@ -268,7 +201,7 @@ def read_frame_table(container: "av.container.InputContainer", stream: "av.Video
             Group(num_frames, end - begin, num_readable, timestamp=packets[begin][0], position=packets[begin][1])
         )
         num_frames += len(visible)
-    return FrameTable(num_frames, groups, None if has_index else sorted(frames))
+    return FrameTable(num_frames, groups) if has_index else FrameTable(num_frames, groups, sorted(frames), last_end)
 
 
 def plan_runs(

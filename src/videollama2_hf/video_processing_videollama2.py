@@ -17,7 +17,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from .image_processing_videollama2 import VideoLlama2PixelsMixin, load_image
-from .media_videollama2 import fetch_media, is_video_clip, read_frames, read_video_metadata
+from .media_videollama2 import VideoReader, is_video_clip, open_video
 
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -281,13 +281,14 @@ class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
         """Frames (frames, height, width, 3), uint8, and metadata of one source, or lists of them."""
         if isinstance(video_url_or_urls, (list, tuple)):
             return list(zip(*[self.fetch_videos(source, sample_indices_fn) for source in video_url_or_urls]))
-        metadata = read_video_metadata(video_url_or_urls)
-        if sample_indices_fn is None:
-            indices = np.arange(metadata.total_num_frames)
-        else:
-            indices = sample_indices_fn(metadata=metadata)
-        metadata = dataclasses.replace(metadata, frames_indices=list(indices))
-        return read_frames(video_url_or_urls, indices), metadata
+        with open_video(video_url_or_urls) as video:
+            metadata = video.read_metadata()
+            if sample_indices_fn is None:
+                indices = np.arange(metadata.total_num_frames)
+            else:
+                indices = sample_indices_fn(metadata=metadata)
+            metadata = dataclasses.replace(metadata, frames_indices=list(indices))
+            return video.read_frames(indices), metadata
 
     def preprocess(self, videos, **kwargs: Unpack[VideoLlama2VideoProcessorKwargs]) -> BatchFeature:
         validate_kwargs(captured_kwargs=kwargs.keys(), valid_processor_keys=list(self.valid_kwargs.__annotations__))
@@ -320,16 +321,7 @@ class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
         return outputs
 
     def _read_and_fit(
-        self,
-        video,
-        metadata: VideoMetadata | None,
-        sampling: dict,
-        do_sample_frames: bool,
-        temporal_window: int | None,
-        do_convert_rgb: bool,
-        input_data_format: str | None,
-        device: torch.device | str | None,
-        **options,
+        self, video, metadata: VideoMetadata | None, sampling: dict, do_sample_frames: bool, **options
     ) -> tuple[torch.Tensor, VideoMetadata]:
         """Pads, resizes and crops the chosen frames of one video; see [`VideoLlama2PixelsMixin.fit`]."""
         if is_video_clip(video):
@@ -338,18 +330,33 @@ class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
                 sampling = {**sampling, "num_frames": None, "fps": None}
             sampling = {**sampling, **{name: value for name, value in clip.items() if value is not None}}
             video = get_clip_source(video)
-
-        in_memory = isinstance(video, (list, np.ndarray, torch.Tensor))
-        if not in_memory:
-            video = fetch_media(video)
-            metadata = read_video_metadata(video, sampling["start"], sampling["end"])
-        elif metadata is None:
+        if not isinstance(video, (list, np.ndarray, torch.Tensor)):
+            with open_video(video) as reader:
+                metadata = reader.read_metadata(sampling["start"], sampling["end"])
+                return self._fit_chosen(reader, metadata, sampling, do_sample_frames, **options)
+        if metadata is None:
             metadata = VideoMetadata(total_num_frames=len(video))
         elif do_sample_frames and metadata.total_num_frames != len(video):
             raise ValueError(
                 f"video_metadata gives {metadata.total_num_frames} frames, but {len(video)} frames were passed. Pass "
                 "do_sample_frames=False for frames that are chosen already."
             )
+        return self._fit_chosen(video, metadata, sampling, do_sample_frames, **options)
+
+    def _fit_chosen(
+        self,
+        video: "VideoReader | list | np.ndarray | torch.Tensor",
+        metadata: VideoMetadata,
+        sampling: dict,
+        do_sample_frames: bool,
+        temporal_window: int | None,
+        do_convert_rgb: bool,
+        input_data_format: str | None,
+        device: torch.device | str | None,
+        **options,
+    ) -> tuple[torch.Tensor, VideoMetadata]:
+        """The same of an open video, of a list of frames or of an array of them."""
+        in_memory = isinstance(video, (list, np.ndarray, torch.Tensor))
         if do_sample_frames:
             indices = self.sample_frames(metadata, **sampling, **options)
             metadata = dataclasses.replace(metadata, frames_indices=indices.tolist())
@@ -378,7 +385,7 @@ class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
         elif in_memory:
             pixels = fit(video if len(unique) == len(video) else video[unique])
         else:
-            pixels = read_frames(video, unique, transform=lambda frame: fit(frame, ChannelDimension.LAST)[0])
+            pixels = video.read_frames(unique, transform=lambda frame: fit(frame, ChannelDimension.LAST)[0])
         if isinstance(pixels, list):
             sizes = {tuple(frame.shape[-2:]) for frame in pixels}
             if len(sizes) > 1:
