@@ -48,10 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
     ablate.add_argument("--cpu", action="store_true", help="leave an accelerator alone")
 
     options = parser.parse_args(arguments)
+    run = {"generate": _generate, "train": _train, "evaluate": _evaluate, "export": _export, "ablate": _ablate}
     try:
-        {"generate": _generate, "train": _train, "evaluate": _evaluate, "export": _export, "ablate": _ablate}[
-            options.command
-        ](options)
+        run[options.command](options)
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -31,7 +31,7 @@ MEDIA = ("image", "video", "audio", "audio_visual", "text")
 DEFAULT_MIX = {"audio_visual": 4.0, "video": 1.4, "image": 0.4, "text": 0.4, "audio": 1.8}
 # What the caption of a clip does not tell.
 _UNTOLD = ("object with the sound",)
-_MAX_TURNS = 6
+_MAX_TURNS = 8
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def draw_row(
         questions.remove(related[0])
         questions.insert(0, related[0])
     varied = []
-    for question in questions[: 1 + generator.integers(max_turns)]:
+    turns = 1 + generator.integers(max_turns, size=2).max()  # rather many: media are costly, turns are not
+    for question in questions[:turns]:
         drawn = generator.random()
         if drawn < 0.12:
             varied.append(with_choices(question, generator))
