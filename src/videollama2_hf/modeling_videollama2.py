@@ -249,12 +249,13 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
         )
 
     def project_features(
-        self, modality: Literal["image", "video", "audio"], features: torch.Tensor | Sequence[torch.Tensor]
+        self, modality: str, features: torch.Tensor | Sequence[torch.Tensor]
     ) -> torch.Tensor | list[torch.Tensor]:
         """
         What a tower gave, through the connector: tokens (items, tokens, hidden_size), or a list of them.
 
         Args:
+            modality: `"image"`, `"video"` or `"audio"`.
             features: (images, patches, width), (videos, frames, patches, width) or (clips, tokens, width); a list of
                 tensors without the first dimension where items differ in length.
         """

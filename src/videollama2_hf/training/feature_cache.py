@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import logging
@@ -74,9 +74,9 @@ class FeatureCache:
             or of other settings of the processor.
     """
 
-    def __init__(self, folder: str | os.PathLike, model: nn.Module, processor: VideoLlama2Processor):
+    def __init__(self, folder: str | os.PathLike, model: Any, processor: VideoLlama2Processor):
         self.folder = Path(folder)
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.processor = processor
         check_is_constant(self.model.model, processor)
         self._check_fingerprint(get_fingerprint(self.model, processor))
@@ -147,7 +147,8 @@ class FeatureCache:
                     raise MediaError(f"{row.describe()}: {inputs}")
                 path.parent.mkdir(exist_ok=True)
                 if isinstance(inputs, str):
-                    replace_file(path.with_suffix(".error"), lambda new, text=inputs: new.write_text(text, "utf-8"))
+                    write = partial(Path.write_text, data=inputs, encoding="utf-8")
+                    replace_file(path.with_suffix(".error"), write)
                 else:
                     self._encode(path, medium, inputs)
         finally:
@@ -166,14 +167,15 @@ class FeatureCache:
         metadata = {"shape": [0], "num_valid": 0}
         features = torch.empty(0)  # a silent video under missing_audio="drop"
         if pixels is not None:
-            mask = inputs.get("input_features_mask")
-            encode = getattr(self.model.model, f"get_{modality}_features")
-            options = {"input_features_mask": mask.to(self.model.device)} if modality == "audio" else {}
-            features = encode(pixels.to(self.model.device), return_dict=True, **options).last_hidden_state
+            base, device = self.model.model, self.model.device
+            encode, options = getattr(base, f"get_{modality}_features"), {}
+            if modality == "audio":
+                options["input_features_mask"] = inputs["input_features_mask"].to(device)
+            features = encode(pixels.to(device), return_dict=True, **options).last_hidden_state
             features = features if modality == "video" else features[0]
             if modality == "audio":
-                features = features[self.model.model.audio_tower.get_token_mask(mask)[0].to(features.device)]
-                metadata["num_valid"] = int(mask.sum())
+                features = features[base.audio_tower.get_token_mask(options["input_features_mask"])[0]]
+                metadata["num_valid"] = int(inputs["input_features_mask"].sum())
             metadata["shape"] = list(pixels.shape[1:])
         text = {name: json.dumps(value) for name, value in metadata.items()}
         replace_file(path, lambda new: save_file({"features": features.cpu().contiguous()}, new, text))
@@ -256,7 +258,9 @@ class _MediaReader(Dataset):
         heard = medium.kind == "track"
         arguments: dict[str, Any] = {medium.kind if medium.kind == "audio" else f"{medium.kind}s": [medium.content]}
         if medium.kind in ("video", "track"):
-            arguments = {"videos": [medium.content], "load_audio_from_video": heard}
+            # The frames of a video that is heard are another medium; two are the least that every connector takes.
+            clip = replace(medium.content, num_frames=2, fps=None) if heard else medium.content
+            arguments = {"videos": [clip], "load_audio_from_video": heard}
             arguments["audio_from_video_indices"] = [0] if heard else []
         try:
             return dict(self.processor(**arguments, return_tensors="pt"))
