@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -291,7 +291,7 @@ class Chat:
             except StopIteration as end:
                 return end.value
 
-    def stream(self, question: str, *media: dict[str, Any], **generation: Any) -> Iterator[str]:
+    def stream(self, question: str, *media: dict[str, Any], **generation: Any) -> Generator[str, None, Answer]:
         """
         As [`Chat.ask`], but piece by piece as it is said; the generator returns the [`Answer`]. Closing it early stops
         the model, and the turn is as if it had not been asked.

@@ -197,7 +197,7 @@ def build_plan(source: Source, dtype: str | None = None) -> Plan:
     """
     wanted = None
     if dtype is not None:
-        wanted = DTYPE_NAMES.get(getattr(torch, dtype, None))
+        wanted = DTYPE_NAMES.get(getattr(torch, dtype, torch.bool))
         if wanted not in ("F64", "F32", "F16", "BF16"):
             raise ConversionError(f"Unknown dtype {dtype!r}; choose float32, float16 or bfloat16.")
     expected = expected_tensors(source.config)

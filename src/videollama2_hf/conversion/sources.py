@@ -307,7 +307,7 @@ def read_parts(
             f"checkpoint), nor {PROJECTOR_FILE} (a Base checkpoint), nor {ADAPTER_CONFIG_FILE} (LoRA)."
         )
 
-    base = base or config_dict.get("_name_or_path") or (adapter and adapter.base)
+    base = base or config_dict.get("_name_or_path") or (adapter.base if adapter is not None else None)
     if not base:
         raise ConversionError(f"{folder} is a part of a model and does not name its base. Pass it: --base PATH.")
     try:

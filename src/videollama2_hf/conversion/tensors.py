@@ -42,11 +42,11 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # dtype -> unsigned integers of its size, everything but the sign, and the smallest such value that is not finite.
-_NOT_FINITE = {
-    "F64": (np.uint64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
-    "F32": (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
-    "F16": (np.uint16, 0x7FFF, 0x7C00),
-    "BF16": (np.uint16, 0x7FFF, 0x7F80),
+_NOT_FINITE: dict[str, tuple[Any, Any, int]] = {
+    "F64": (np.uint64, np.uint64(0x7FFF_FFFF_FFFF_FFFF), 0x7FF0_0000_0000_0000),
+    "F32": (np.uint32, np.uint32(0x7FFF_FFFF), 0x7F80_0000),
+    "F16": (np.uint16, np.uint16(0x7FFF), 0x7C00),
+    "BF16": (np.uint16, np.uint16(0x7FFF), 0x7F80),
 }
 
 
@@ -127,7 +127,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, as a safetensors file holds them."""
     if not tensor.numel():
         return memoryview(b"")
-    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def is_finite(chunk: memoryview, dtype: str) -> bool:
@@ -137,12 +137,7 @@ def is_finite(chunk: memoryview, dtype: str) -> bool:
     unsigned, magnitude, limit = _NOT_FINITE[dtype]
     values = np.frombuffer(chunk, unsigned)
     block = 1 << 17  # values; stays in the processor's cache
-    scratch = np.empty(min(block, values.size), unsigned)
-    for start in range(0, values.size, block):
-        part = values[start : start + block]
-        if np.bitwise_and(part, unsigned(magnitude), out=scratch[: part.size]).max() >= limit:
-            return False
-    return True
+    return all((values[i : i + block] & magnitude).max() < limit for i in range(0, values.size, block))
 
 
 def read_safetensors_header(path: Path) -> tuple[bytes, dict[str, Any], int]:

@@ -217,13 +217,11 @@ def _tower_trainer(name: str, root: Path, num_clips: int, seed: int, arguments: 
     model, _ = load_before(name, root)
     scenes = ("count", "count", "pair", "move", "collide", "change") if name == "vision" else SCENES
     data = ClipDataset(num_clips, seed + 1, scenes, beeps=0.25 if name == "audio" else 0.0)
+    module: Any = AudioPretraining(model.model.audio_tower)
+    collate: Any = collate_sounds
     if name == "vision":
-        module, collate = (
-            VisionPretraining(model.model.vision_tower, model.config.vision_feature_layer),
-            collate_frames,
-        )
-    else:
-        module, collate = AudioPretraining(model.model.audio_tower), collate_sounds
+        module = VisionPretraining(model.model.vision_tower, model.config.vision_feature_layer)
+        collate = collate_frames
     return MetricsTrainer(model=module, args=arguments, train_dataset=data, data_collator=collate, callbacks=[clock])
 
 

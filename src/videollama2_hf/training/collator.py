@@ -49,7 +49,11 @@ class VideoLlama2DataCollator:
         self.encode = RowEncoder(processor, **encoding)
         self.packing = packing
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.reading = {"format": format, "media_root": media_root, "load_audio_from_video": load_audio_from_video}
+        self.reading: dict[str, Any] = {
+            "format": format,
+            "media_root": media_root,
+            "load_audio_from_video": load_audio_from_video,
+        }
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """

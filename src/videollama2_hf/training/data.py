@@ -6,7 +6,7 @@ import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -146,6 +146,14 @@ class RowStream(Iterable):
                 sizes[drawn] = 0
             else:
                 yield row
+
+
+@overload
+def load_rows(data: Any, streaming: Literal[False] = False, seed: int = 0) -> Rows: ...
+
+
+@overload
+def load_rows(data: Any, streaming: Literal[True], seed: int = 0) -> RowStream: ...
 
 
 def load_rows(data: Any, streaming: bool = False, seed: int = 0) -> Rows | RowStream:

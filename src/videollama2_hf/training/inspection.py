@@ -223,7 +223,8 @@ def draw_media(
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (kind, title, *values) in zip(axes, panels):
         axis.set_title(title, loc="left", fontsize=10)
-        {"image": _draw_image, "video": _draw_frames, "audio": _draw_filter_banks}[kind](axis, *values)
+        draw: Any = {"image": _draw_image, "video": _draw_frames, "audio": _draw_filter_banks}[kind]
+        draw(axis, *values)
     figure.savefig(path)
 
 
