@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_commands():
-    first, own_file, tests = (block.strip() for block in blocks("bash")[:3])
+    first, own_file, tests, *_ = (block.strip() for block in blocks("bash"))
     assert first == "pip install uv && uv run docs/quickstart.py"
     assert own_file.startswith("uv run docs/quickstart.py ")
     assert tests in (ROOT / ".ci" / "run").read_text()
@@ -103,6 +104,20 @@ def test_conversation(monkeypatch, capsys):
     names: dict = {}
     exec(code, names)
     assert len(names["chat"].messages) == 4 and capsys.readouterr().out.strip()
+
+
+def test_commands_in_the_terminal(tmp_path, monkeypatch, capsys):
+    from videollama2_hf.cli import app
+
+    shutil.copy(CLIP, tmp_path / "holiday.mp4")
+    monkeypatch.chdir(tmp_path)
+    lines = iter(["Who is playing?", "/quit"])
+    monkeypatch.setattr("typer.prompt", lambda *args, **kwargs: next(lines))
+    commands = re.findall(r"^videollama2 ((?:ask|chat) .*)$", README, flags=re.MULTILINE)
+    for command in commands:
+        command = command.replace("DAMO-NLP-SG/VideoLLaMA2.1-7B-AV", str(CHECKPOINT)).replace("--end 30", "--end 3")
+        app([*shlex.split(command), "--max-new-tokens", "3"], standalone_mode=False)
+    assert len(commands) == 2 and len(capsys.readouterr().out.split()) >= 2
 
 
 def test_conversion_commands(tmp_path, monkeypatch):

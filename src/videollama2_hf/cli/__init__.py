@@ -10,6 +10,7 @@ import sys
 import typer
 
 from . import data
+from .ask import ask, chat
 from .convert import convert
 from .train import train
 
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(ask)
+app.command()(chat)
 app.command()(convert)
 app.command()(train)
 app.add_typer(data.app, name="data")
