@@ -79,6 +79,8 @@ def run(folder: Path, kind: str) -> None:
         import deepspeed
 
         deepspeed.init_distributed("gloo")
+    if kind == "accelerate_fsdp2":
+        set_environment()
     options = {"distributed_config": DistributedConfig(fsdp_size=2)} if kind == "fsdp2" else {}
     model = AutoModelForMultimodalLM.from_pretrained(folder / "model", dtype=torch.float32, **options)
     prepare_for_training(model, TRAINABLE)
@@ -102,16 +104,19 @@ def run(folder: Path, kind: str) -> None:
         (folder / kind / "log.json").write_text(json.dumps(log))
 
 
+def set_environment() -> None:
+    """What `accelerate launch --config_file fsdp2.yaml` sets; only the first process then reads the weights."""
+    settings = yaml.safe_load((CONFIGURATIONS / "fsdp2.yaml").read_text())["fsdp_config"]
+    names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    for name, value in settings.items():
+        os.environ[names.get(name, name.upper())] = str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def shard_by_accelerate(trainer) -> None:
     """accelerate takes FSDP for what it is only on accelerators; the rest of it does run on CPUs."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    settings = yaml.safe_load((CONFIGURATIONS / "fsdp2.yaml").read_text())["fsdp_config"]
-    # As `accelerate launch` hands them over.
-    os.environ.update({name.upper(): str(value).lower() for name, value in settings.items()})
-    os.environ["FSDP_AUTO_WRAP_POLICY"] = settings["fsdp_auto_wrap_policy"]
-    os.environ["FSDP_STATE_DICT_TYPE"] = settings["fsdp_state_dict_type"]
-    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = settings["fsdp_transformer_layer_cls_to_wrap"]
     state = trainer.accelerator.state
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin()
