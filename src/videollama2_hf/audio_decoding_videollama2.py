@@ -129,7 +129,7 @@ def find_audio_grid(container: "av.container.InputContainer", stream: "av.AudioS
 
 def decode_head(
     container: "av.container.InputContainer", stream: "av.AudioStream", grid: AudioGrid, parts: Sequence[AudioPart]
-) -> list["av.AudioFrame"] | None:
+) -> list[Any] | None:
     """
     The first frames of a track that has just been opened: those of the parts that begin too early for a lead-in.
     `None` where these or the last frames are not where the container says.
@@ -174,7 +174,7 @@ def seek_parts(
     stream: "av.AudioStream",
     grid: AudioGrid,
     parts: Sequence[AudioPart],
-    head: Sequence["av.AudioFrame"],
+    head: Sequence[Any],
 ) -> list[np.ndarray] | None:
     """
     The samples of parts, as [`decode_parts`] gives them, without decoding what is between them; `None` where that is
@@ -289,7 +289,7 @@ def _packet_range(grid: AudioGrid, part: AudioPart) -> tuple[int, int]:
 
 def _decode_packets(
     container: "av.container.InputContainer", stream: "av.AudioStream", timestamps: range
-) -> list["av.AudioFrame"]:
+) -> list[Any]:
     """Frames of the packets with the given timestamps; none if they do not follow each other or one is damaged."""
     frames: list[Any] = []
     try:
@@ -304,9 +304,7 @@ def _decode_packets(
     return frames if all(a.pts + a.samples == b.pts for a, b in pairwise(frames)) else []
 
 
-def _cut_parts(
-    frames: Sequence["av.AudioFrame"], grid: AudioGrid, parts: Sequence[AudioPart]
-) -> list[np.ndarray] | None:
+def _cut_parts(frames: Sequence[Any], grid: AudioGrid, parts: Sequence[AudioPart]) -> list[np.ndarray] | None:
     """The samples of parts out of the frames that hold them; `None` if one is missing or of another format."""
     pieces = []
     for part in parts:

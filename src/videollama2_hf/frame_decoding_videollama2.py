@@ -6,10 +6,9 @@ a frame counts frames in the order in which they are shown. *Timestamps* are in 
 """
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -165,42 +164,40 @@ def read_frame_table(container: "av.container.InputContainer", stream: "av.Video
         return None
     entries = stream.index_entries
     has_index = container.format.name.startswith("mov") and 0 < len(entries) == stream.frames
+    packets: Iterable[tuple]
     if has_index:
         # MP4 and MOV list every packet in the order of decoding, edit lists applied.
-        packets = [
-            (e.timestamp, e.pos, e.is_keyframe, e.is_discard, e.pos + e.size <= container.size) for e in entries
-        ]
-        shown_at, last_end = [], 0
+        size = container.size
+        packets = ((e.timestamp, None, e.pos, e.is_keyframe, e.is_discard, e.pos + e.size <= size) for e in entries)
     else:
-        packets, shown_at, last_end = [], [], 0
+        packets, last_end = [], 0
         for packet in demux_packets(container, stream):
             position = -1 if packet.pos is None else packet.pos
-            last_end = max(last_end, packet_end(packet))
-            is_shown = not packet.is_discard
-            if stream.codec.canonical_name == "vp8":
-                is_shown = is_shown and bool(bytes(packet)[0] & 0x10)  # show_frame, RFC 6386, 9.1
             if packet.pts is None or (packet.is_keyframe and position < 0):
                 return None
+            last_end = max(last_end, packet_end(packet))
+            is_hidden = packet.is_discard
+            if stream.codec.canonical_name == "vp8":
+                is_hidden = is_hidden or not bytes(packet)[0] & 0x10  # show_frame, section 9.1 of RFC 6386
             timestamp = packet.pts if packet.dts is None else packet.dts
-            packets.append((timestamp, position, packet.is_keyframe, not is_shown, True))
-            shown_at.append(packet.pts)
-        visible_at = [timestamp for timestamp, packet in zip(shown_at, packets) if not packet[3]]
-        if len(set(visible_at)) < len(visible_at):
-            return None
-    if not packets or not packets[0][2]:
-        return None
+            packets.append((timestamp, packet.pts, position, packet.is_keyframe, is_hidden, True))
 
-    starts = [number for number, packet in enumerate(packets) if packet[2]] + [len(packets)]
-    groups, num_frames, frames = [], 0, []
-    for begin, end in pairwise(starts):
-        visible = [number for number in range(begin, end) if not packets[number][3]]
-        if not has_index:
-            frames += [(shown_at[n], _first_group(shown_at[n], shown_at[begin], len(groups))) for n in visible]
-        num_readable = sum(packet[4] for packet in packets[begin:end])
-        groups.append(
-            Group(num_frames, end - begin, num_readable, timestamp=packets[begin][0], position=packets[begin][1])
-        )
-        num_frames += len(visible)
+    starts, num_frames, frames, keyframe = [], 0, [], 0
+    for timestamp, shown_at, position, is_keyframe, is_hidden, is_readable in packets:
+        if is_keyframe:
+            starts.append([num_frames, 0, 0, timestamp, position])
+            keyframe = shown_at
+        elif not starts:
+            return None
+        starts[-1][1] += 1
+        starts[-1][2] += is_readable
+        if not is_hidden:
+            num_frames += 1
+            if not has_index:
+                frames.append((shown_at, _first_group(shown_at, keyframe, len(starts) - 1)))
+    if not starts or len(dict(frames)) < len(frames):
+        return None
+    groups = [Group(*start) for start in starts]
     return FrameTable(num_frames, groups) if has_index else FrameTable(num_frames, groups, sorted(frames), last_end)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from .image_processing_videollama2 import VideoLlama2PixelsMixin, load_image
-from .media_videollama2 import VideoReader, is_video_clip, open_video
+from .media_videollama2 import is_video_clip, open_video
 
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -345,7 +346,7 @@ class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
 
     def _fit_chosen(
         self,
-        video: "VideoReader | list | np.ndarray | torch.Tensor",
+        video: Any,
         metadata: VideoMetadata,
         sampling: dict,
         do_sample_frames: bool,
@@ -355,7 +356,7 @@ class VideoLlama2VideoProcessor(VideoLlama2PixelsMixin, BaseVideoProcessor):
         device: torch.device | str | None,
         **options,
     ) -> tuple[torch.Tensor, VideoMetadata]:
-        """The same of an open video, of a list of frames or of an array of them."""
+        """The same of a video that is open, a list of frames or an array of them."""
         in_memory = isinstance(video, (list, np.ndarray, torch.Tensor))
         if do_sample_frames:
             indices = self.sample_frames(metadata, **sampling, **options)

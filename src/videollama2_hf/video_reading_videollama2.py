@@ -85,6 +85,7 @@ class VideoReader:
     def read_metadata(self, start: float | None = None, end: float | None = None) -> VideoMetadata:
         """See [`read_video_metadata`]."""
         container, stream, table = self.container, self.stream, self.table
+        reached: int | None
         if table is None:
             num_frames, first, reached = self._decode_and_count()
         else:
@@ -212,7 +213,7 @@ class VideoReader:
             yield from _convert(decode_timestamps(container, stream, targets), transform)
 
     def _check_found(self, wanted: set[int], found: set[int]):
-        if len(found) < len(wanted):
+        if len(found) < len(wanted) and self.table is not None:
             raise MediaError(
                 f"{self.name} is cut off or damaged: only {len(found)} of the {len(wanted)} frames asked for can be "
                 f"decoded (frame {min(wanted - found)} cannot; the file announces {self.table.num_frames} frames)."
