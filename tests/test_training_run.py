@@ -223,3 +223,21 @@ def test_wrong_mixtures_are_told_before_anything_runs(folder, tmp_path):
     recipe = make_recipe(folder, tmp_path, modality_mix={"audio_visual": 2, "video": 1, "audio": 1})
     with pytest.raises(ValueError, match="Row 4 is 'text', but the mixture is 2 audio_visual : 1 video : 1 audio"):
         train(recipe)
+
+
+def test_from_kept_features_the_losses_are_the_same(folder, tmp_path, monkeypatch):
+    """The frozen towers run before training only, and not at all when the features are there already."""
+    frozen = {"trainable": ["mm_projector", "mm_projector_a"], "learning_rate": 1e-3}
+    plain = train(make_recipe(folder, tmp_path / "plain", **frozen))
+    cached = {**frozen, "feature_cache": str(tmp_path / "features")}
+    first = train(make_recipe(folder, tmp_path / "first", **cached))
+    assert losses(first) == pytest.approx(losses(plain), rel=1e-4)
+    monkeypatch.setattr(VideoLlama2ForConditionalGeneration, "get_video_features", None)
+    again = train(make_recipe(folder, tmp_path / "again", **cached))
+    assert losses(again) == losses(first)
+
+
+def test_features_of_a_tower_that_trains_are_not_kept(folder, tmp_path):
+    recipe = make_recipe(folder, tmp_path / "run", trainable=["audio_tower"], feature_cache=str(tmp_path / "features"))
+    with pytest.raises(ValueError, match="audio_tower"):
+        train(recipe)

@@ -77,6 +77,8 @@ class Recipe:
         aspect_ratio: `"pad"` pads images and frames to a square first; `"none"` does not.
         missing_audio: What is heard of a video without sound: `"silence"`, `"drop"` or `"error"`.
         unreadable_media: `"stop"`, or `"skip"` (logged and counted).
+        feature_cache: A folder for the features of frozen towers: every medium is encoded once, before training, and
+            the towers do not run in it; see [`FeatureCache`]. `None`: towers run in every step.
         streaming: Whether to read the rows in the order of their files, without holding them; needs `max_steps`.
         sampler: `"random"`, `"length"` (similar lengths together, media counted) or `"modality_length"` (the
             original's grouping).
@@ -116,6 +118,7 @@ class Recipe:
     aspect_ratio: Literal["pad", "none"] = "none"
     missing_audio: Literal["silence", "drop", "error"] = "silence"
     unreadable_media: Literal["stop", "skip"] = "stop"
+    feature_cache: str | None = None
     streaming: bool = False
     sampler: Literal["random", "length", "modality_length"] = "random"
     modality_mix: dict[str, int] | None = None

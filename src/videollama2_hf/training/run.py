@@ -18,6 +18,7 @@ from ..processing_videollama2 import VideoLlama2Processor
 from .collator import VideoLlama2DataCollator
 from .data import load_rows
 from .dataset import VideoLlama2Dataset, VideoLlama2IterableDataset
+from .feature_cache import FeatureCache
 from .lora import add_lora, get_lora_config, get_quantization_config
 from .recipe import Recipe
 from .samplers import (
@@ -82,6 +83,12 @@ def train(recipe: Recipe, resume: bool = False) -> VideoLlama2Trainer:
     model = load_model(recipe, is_sharded=is_sharded(arguments))
     if arguments.process_index == 0:
         print(describe_run(recipe, model, arguments), flush=True)
+    if recipe.feature_cache is not None:
+        cache = FeatureCache(recipe.feature_cache, model, reading_processor)
+        for part in (dataset, eval_dataset) if eval_dataset is not None else (dataset,):
+            cache.build(part, recipe.num_workers)
+        dataset, eval_dataset = cache.attach(dataset), eval_dataset and cache.attach(eval_dataset)
+
     trainer = VideoLlama2Trainer(
         model=model,
         args=arguments,
