@@ -12,6 +12,10 @@ from .tensors import ConversionError, StoredTensor, read_file
 
 
 _FACTOR = re.compile(r"^base_model\.model\.(.+)\.(lora_(?:embedding_)?)([AB])(?:\.default)?(?:\.weight)?$")
+# Options of PEFT with which the merged weight is not the base's plus `scaling * B @ A`.
+_UNSUPPORTED = ("use_dora", "fan_in_fan_out", "layer_replication", "use_qalora", "alora_invocation_tokens")
+# Initializations that take their product out of the base's weights, so that the base alone is not what was trained on.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,10 @@ def read_adapter(folder: Path) -> Adapter:
         raise ConversionError(f"{config_path} is not JSON: {error}.") from None
     if not isinstance(config, dict):
         raise ConversionError(f"{config_path} is not the configuration of an adapter (a JSON object).")
-    unsupported = {
-        name: config[name] for name in ("use_dora", "fan_in_fan_out", "layer_replication") if config.get(name)
-    }
+    unsupported = {name: config[name] for name in _UNSUPPORTED if config.get(name)}
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
+        unsupported["init_lora_weights"] = start
     if config.get("peft_type") != "LORA" or unsupported:
         raise ConversionError(
             f"{folder} holds a PEFT adapter of type {config.get('peft_type')} {unsupported or ''}; only plain LoRA is "
@@ -112,9 +117,8 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _scaling(module: str, a: StoredTensor, config: dict[str, Any]) -> float:
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
+    patterns = (config.get("alpha_pattern") or {}).items()  # the first that fits counts, as in PEFT
+    fitting = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module))
+    alpha = next(fitting, config["lora_alpha"])
     rank = a.shape[0]
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank

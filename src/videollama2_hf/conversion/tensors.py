@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -154,7 +155,11 @@ def read_safetensors_header(path: Path) -> tuple[bytes, dict[str, Any], int]:
         entries = [entry for key, entry in header.items() if key != "__metadata__"]
         if not all(type(n) is int and n >= 0 for entry in entries for n in (*entry["shape"], *entry["data_offsets"])):
             raise ValueError("sizes are whole numbers")
-        end = max((end for _, end in (entry["data_offsets"] for entry in entries)), default=0)
+        end = 0
+        for first, last in sorted(tuple(entry["data_offsets"]) for entry in entries):
+            if first != end:
+                raise ValueError("tensors lie one behind the other")  # else one hides another, or bytes have no name
+            end = last
         unknown = {entry["dtype"] for entry in entries} - set(DTYPES)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
         raise ConversionError(f"The header of {path} is not a safetensors header. {_AGAIN}") from None
@@ -189,15 +194,20 @@ def load_pickle(path: Path) -> Any:
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[-1] if "GLOBAL" in str(error) else ""
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        if forbidden is not None:
+            raise ConversionError(
+                f"{path} holds more than tensors: reading it would run code from the file ({forbidden[1]}), so it was "
+                "not read. Get the weights from a source you trust, or as safetensors."
+            ) from None
         raise ConversionError(
-            f"{path} holds more than tensors: reading it would run code from the file, so it was not read. Get the "
-            f"weights from a source you trust, or as safetensors. {reason}".rstrip()
+            f"{path} is not a PyTorch file of tensors (perhaps a pointer of Git LFS, a web page or another pickle), "
+            f"so it was not read. {_AGAIN}"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ConversionError(f"{path} is not a PyTorch file, or it is cut off. {_AGAIN}") from None
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception:  # a damaged file lets its readers raise anything
+        raise ConversionError(f"{path} is not a PyTorch file, or it is cut off or damaged. {_AGAIN}") from None
 
 
 def from_state_dict(state_dict: Any, path: Path) -> dict[str, StoredTensor]:
@@ -236,14 +246,14 @@ def find_weight_files(folder: Path) -> tuple[list[Path], Path | None]:
         ConversionError: An index names a file that is missing or lies elsewhere.
     """
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (folder / single).is_file():  # before an index, as transformers and so the original load them
+            return [folder / single], None
         if (folder / index).is_file():
             names = sorted(set(_read_weight_map(folder / index).values()))
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
                 raise ConversionError(f"{folder / index} names {missing}, which are missing in {folder}. {_AGAIN}")
             return [folder / name for name in names], folder / index
-        if (folder / single).is_file():
-            return [folder / single], None
     return [], None
 
 
