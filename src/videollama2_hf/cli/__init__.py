@@ -11,6 +11,7 @@ import typer
 
 from . import data
 from .ask import ask, chat
+from .caption import caption
 from .convert import convert
 from .train import train
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(ask)
 app.command()(chat)
+app.command()(caption)
 app.command()(convert)
 app.command()(train)
 app.add_typer(data.app, name="data")

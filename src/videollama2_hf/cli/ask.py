@@ -1,7 +1,6 @@
 """`videollama2 ask` and `videollama2 chat`."""
 
 import json
-import mimetypes
 import os
 import sys
 from dataclasses import asdict
@@ -40,13 +39,13 @@ def make_block(
         FileNotFoundError: There is no such file.
         ValueError: Its name does not say whether it is an image, a video or a sound.
     """
+    from ..captioning import find_kind
+
     is_remote = source.startswith(("http://", "https://", "data:"))
     if not is_remote and not os.path.exists(source):
         raise FileNotFoundError(f"There is no file {source!r}.")
-    kind = (mimetypes.guess_type(source.partition("?")[0])[0] or "").split("/")[0]
-    if os.path.isdir(source) or source.lower().endswith(".gif"):
-        kind = "video"
-    if kind not in ("image", "video", "audio"):
+    kind = "image" if source.startswith("data:image/") else find_kind(source.partition("?")[0])
+    if kind is None:
         raise ValueError(
             f"The name of {source!r} does not say what it is. Rename it to end in .mp4, .mkv, .webm, .jpg, .png, "
             ".wav, .mp3 or the like."
@@ -112,7 +111,7 @@ def ask(
         videollama2 ask "Which of the two is louder?" a.wav b.wav --json --model converted
     """
     blocks = [make_block(source, start, end, frames, not no_audio) for source in media or []]
-    session = load_session(_check_model(model), revision, dtype)
+    session = load_session(check_model(model), revision, dtype)
     if as_json:
         answer = session.ask(question, *blocks, max_new_tokens=max_new_tokens)
         record = {"question": question, "media": media or [], "model": model, **asdict(answer)}
@@ -143,7 +142,7 @@ def chat(
         videollama2 chat holiday.mp4 --model converted
     """
     pending = [make_block(source, num_frames=frames, hears=not no_audio) for source in media or []]
-    session = load_session(_check_model(model), revision, dtype)
+    session = load_session(check_model(model), revision, dtype)
     conversation = session.chat()
     while True:
         try:
@@ -180,7 +179,7 @@ def _parse_medium(text: str, frames: int | None, hears: bool) -> dict[str, Any]:
     return make_block(path, start, end, frames, hears)
 
 
-def _check_model(model: str) -> str:
+def check_model(model: str) -> str:
     if not model:
         raise ValueError("Say which model is to answer: --model FOLDER, or the name of a Hub repository.")
     return model

@@ -82,6 +82,17 @@ def convert(
     if output is None and not dry_run:
         raise ValueError("Say where the result is to be written: --output FOLDER.")
     size = parse_size(max_shard_size)
+    only_there = {
+        "--revision": revision, "--base": base, "--vision-tower": vision_tower, "--video-tower": video_tower,
+        "--audio-tower": audio_tower, "--dtype": dtype, "--verify": verify, "--reference": reference,
+        "--push-to-hub": repository, "--dry-run": dry_run,
+    }  # fmt: skip
+    only_back = {"--original": original, "--full": full}
+    unused = [name for name, value in (only_there if to_original else only_back).items() if value]
+    if unused:
+        raise ValueError(f"{', '.join(unused)}: not used {'with' if to_original else 'without'} --to-original.")
+    if private and repository is None:
+        raise ValueError("--private is of the repository that --push-to-hub REPOSITORY makes; pass that too.")
     if to_original:
         assert output is not None
         restore_original(
