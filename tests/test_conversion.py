@@ -13,6 +13,7 @@ from golden_utils import GOLDENS, Recording
 from test_original_checkpoints import write_original
 from tiny_models import FAMILIES, make_model
 from videollama2_hf.conversion import ConversionError, build_plan, convert_checkpoint, open_source, restore_original
+from videollama2_hf.conversion.sources import complete_name
 from videollama2_hf.conversion.tensors import as_bytes, read_folder
 
 
@@ -151,6 +152,41 @@ def test_a_trained_model_becomes_a_full_original(converted, tmp_path, name):
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     for key, value in restored.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
+
+
+def test_a_tower_from_elsewhere_comes_back_trained(tmp_path):
+    """The checkpoint's own files have no place for it, and it must not be lost; nor is BEATs' file one of them."""
+    source = GOLDENS / "qwen2_siglip_beats_av"
+    deaf = tmp_path / "deaf"
+    shutil.copytree(source / "checkpoint", deaf, ignore=shutil.ignore_patterns("model*"))
+    tensors = {name: tensor.load() for name, tensor in read_folder(source / "checkpoint").items()}
+    kept = {name: tensor for name, tensor in tensors.items() if "audio_tower" not in name}
+    save_file(kept, deaf / "model.safetensors")
+    shutil.copy(source / "BEATs_tiny.pt", deaf)
+    convert_checkpoint(deaf, tmp_path / "converted", audio_tower=deaf / "BEATs_tiny.pt")
+    restore_original(tmp_path / "converted", tmp_path / "back")
+    assert set(read_folder(tmp_path / "back")) == set(kept) and not (tmp_path / "back" / "BEATs_tiny.pt").exists()
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "converted", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    model.save_pretrained(tmp_path / "trained")
+    restore_original(tmp_path / "trained", tmp_path / "original", original=tmp_path / "converted")
+    convert_checkpoint(tmp_path / "original", tmp_path / "again")
+    expected, found = read_folder(tmp_path / "trained"), read_folder(tmp_path / "again")
+    assert set(found) == set(read_folder(tmp_path / "converted"))
+    for name, tensor in expected.items():
+        assert tensor.equals(found[complete_name(name)]), name
+
+
+def test_a_full_original_has_no_index_of_other_files(tmp_path):
+    """The base's index is among the small files that are kept."""
+    lora = GOLDENS / "lora"
+    shutil.copytree(lora / "base_llm_mistral", tmp_path / "base")
+    (tmp_path / "base" / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}')
+    convert_checkpoint(lora / "checkpoint-lora", tmp_path / "merged", base=tmp_path / "base")
+    restore_original(tmp_path / "merged", tmp_path / "full", full=True)
+    assert not list((tmp_path / "full").glob("*.index.json"))
 
 
 def test_trained_model_of_unknown_origin(converted, tmp_path):

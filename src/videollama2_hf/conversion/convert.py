@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import constants
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -29,6 +27,7 @@ from .tensors import (
     DTYPES,
     ConversionError,
     SafetensorsWriter,
+    StoredTensor,
     as_bytes,
     is_finite,
     read_safetensors_header,
@@ -124,7 +123,8 @@ def write_checkpoint(
     shards = plan.shards(max_shard_size)
     fingerprint = _fingerprint(plan, max_shard_size)
     folders = {plan.source.folder, plan.source.language_model_folder}
-    check_apart(output, folders, {part.folder for part in plan.source.parts})
+    files = {tensor.file for part in plan.source.parts for tensor in part.tensors.values()}
+    check_apart(output, folders, files | ({Path(reference)} if reference is not None else set()))
     with published_folder(output, fingerprint, resume=resume, overwrite=overwrite) as folder:
         names = shard_names(len(shards))
         done = {name for name in names if (folder / name).is_file()}
@@ -227,7 +227,7 @@ def _write_original(plan: Plan, folder: Path) -> None:
     where = {id(tensor.source): tensor.target for tensor in plan.tensors}
     where |= {id(item.source): item.same_as for item in plan.left_out if item.same_as is not None}
     files: dict[str, dict[str, Any]] = {}
-    kept: dict[str, torch.Tensor] = {}
+    kept: dict[str, StoredTensor] = {}
     for part in source.parts:
         for name, tensor in part.tensors.items():
             if part.folder != source.folder or not tensor.file.is_relative_to(source.folder):
@@ -238,15 +238,19 @@ def _write_original(plan: Plan, folder: Path) -> None:
                 entry["tensors"][name] = where[id(tensor)]
                 rows = source.rows.get(where[id(tensor)])
                 if rows is not None:
-                    kept[f"{filename}:{name}"] = tensor.load()[rows:].clone()
+                    kept[f"{filename}:{name}"] = tensor.after(rows)
             else:
                 entry["tensors"][name] = None
-                kept[f"{filename}:{name}"] = tensor.load().clone()
+                kept[f"{filename}:{name}"] = tensor
     for filename, entry in files.items():
         if filename.endswith(".safetensors"):
             entry["header"] = read_safetensors_header(source.folder / filename)[0].decode()
     if kept:
-        save_file(kept, target / LEFT_OUT_FILE)
+        entries = [(name, tensor.dtype, tensor.shape) for name, tensor in kept.items()]
+        with SafetensorsWriter(target / LEFT_OUT_FILE, entries) as writer:
+            for tensor in kept.values():
+                for chunk in tensor.chunks():
+                    writer.write(chunk)
     layout = {"kind": source.kind, "files": files}
     (target / LAYOUT_FILE).write_text(json.dumps(layout, indent=1) + "\n")
 
@@ -274,12 +278,15 @@ def _fingerprint(plan: Plan, max_shard_size: int) -> str:
 def check_apart(output: Path, folders: set[Path], places: set[Path]) -> None:
     """
     Raises:
-        ConversionError: The output is one of these folders or lies in it, or one of the places where weights are read
-            lies in the output, so that writing or overwriting it would change a source.
+        ConversionError: The output is one of these folders or lies in it, or one of them or of the other places that
+            are read lies in the output, so that writing or overwriting it would change a source.
     """
-    target = output.resolve()
-    overlapping = [folder for folder in folders if target.is_relative_to(folder.resolve())]
-    overlapping += [place for place in places if place.resolve().is_relative_to(target)]
+    output = output.resolve()
+    written = (output, _partial(output), _replaced(output))
+    overlapping = [folder for folder in folders if output.is_relative_to(folder.resolve())]
+    overlapping += [
+        place for place in folders | places for target in written if place.resolve().is_relative_to(target)
+    ]
     if overlapping:
         raise ConversionError(f"The output {output} and the source {overlapping[0]} overlap. Choose another --output.")
 
@@ -311,10 +318,10 @@ def published_folder(
     A temporary folder beside `output` that takes its name when the block ends well. What an interruption leaves can be
     resumed if the fingerprint is still the same; an input error leaves nothing.
     """
-    output = output.absolute()
+    output = output.resolve()  # behind a link: there is the place that was meant
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is there already. Choose another --output, or replace it with --overwrite.")
-    folder = output.with_name(f".{output.name}.partial")
+    folder = _partial(output)
     if folder.exists() and not (resume or overwrite):
         raise FileExistsError(
             f"A conversion to {output} was interrupted or is running ({folder}). Go on with --resume, or begin again "
@@ -328,9 +335,9 @@ def published_folder(
         raise FileExistsError(f"Another process is converting to {output} now. Wait for it to end.") from None
     try:
         plan_file = folder / _PLAN_FILE
-        if overwrite and not resume:
+        if (overwrite and not resume) or not plan_file.is_file():  # without it, what is there may be anything
             _clear(folder)
-        elif plan_file.is_file() and plan_file.read_text() != fingerprint:
+        elif plan_file.read_text() != fingerprint:
             raise ConversionError(
                 f"The conversion in {folder} was of other files or options. Begin again with --overwrite."
             )
@@ -346,17 +353,26 @@ def published_folder(
                 raise
             message = f"{error.strerror}: {output} is not complete. Make space and go on with --resume."
             raise OSError(message) from error
-        plan_file.unlink()
         _sync(folder)
-        replaced = output.with_name(f".{output.name}.replaced")
+        replaced = _replaced(output)
         if overwrite and output.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(output, replaced)
         os.rename(folder, output)  # fails where another process has made a folder with something in it
-        (output / _LOCK_FILE).unlink(missing_ok=True)
+        for name in (_PLAN_FILE, _LOCK_FILE):  # only now, so that an interruption before can be resumed
+            (output / name).unlink(missing_ok=True)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         lock.release()
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
+
+
+def _replaced(output: Path) -> Path:
+    """Where what is overwritten lies for the moment in which neither it nor the new one has its name."""
+    return output.with_name(f".{output.name}.replaced")
 
 
 def _clear(folder: Path) -> None:

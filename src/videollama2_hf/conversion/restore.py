@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from .convert import (
     DEFAULT_SHARD_SIZE,
@@ -43,13 +43,13 @@ def restore_original(
     Writes a converted or fine-tuned model in the layout of the original code.
 
     A converted folder becomes the files that it was made from, byte for byte. A model that was trained since becomes
-    a full checkpoint: in the same files if it was made from one, else in new ones.
+    a full checkpoint: in the same files if they held all of it, else in new ones.
 
     Args:
         checkpoint: A folder that [`convert_checkpoint`] made, or a model that was loaded from one and saved again.
         output: The folder to be made.
         original: The converted folder that the trained model `checkpoint` comes from. `None`: it was not trained.
-        full: Whether to write a full checkpoint where the source was a projector or LoRA.
+        full: Whether to write a full checkpoint where the source held only a part of the model.
         max_shard_size: Largest size of a new weight file, in bytes.
         resume: Whether to go on with one that was interrupted.
         overwrite: Whether to replace `output`, and what an interrupted one left.
@@ -70,7 +70,9 @@ def restore_original(
         raise ConversionError(layout["one_way"])
     tensors = {complete_name(name): tensor for name, tensor in read_folder(checkpoint).items()}
     left_out = read_file(small / LEFT_OUT_FILE) if (small / LEFT_OUT_FILE).is_file() else {}
-    full = (full or original is not None) and layout["kind"] != "full"
+    written = {target for entry in layout["files"].values() for target in entry["tensors"].values()}
+    # A full checkpoint may have left a tower to another repository; trained, it has no place in the same files.
+    full = (full or original is not None) and (layout["kind"] != "full" or not written.issuperset(tensors))
     if full:
         rename = original_name if is_video_llava(read_config(small)) else str
         layout = _full_layout(read_folder(Path(original or checkpoint)), layout, rename, max_shard_size)
@@ -154,6 +156,8 @@ def _copy_originals(small: Path, folder: Path, full: bool) -> None:
     for path in sorted(small.rglob("*")):
         relative = path.relative_to(small)
         if not path.is_file() or relative.as_posix() in (LAYOUT_FILE, LEFT_OUT_FILE):
+            continue
+        if full and relative.name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):  # of files that are not written
             continue
         if relative.parts[0] == LANGUAGE_MODEL_FOLDER:
             if not full or relative.name == CONFIG_NAME:

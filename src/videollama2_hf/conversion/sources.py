@@ -46,7 +46,7 @@ class Part:
 
     Args:
         label: What it is, for people.
-        folder: Where it lies; names in reports are relative to it.
+        folder: Where it lies; the way back writes what lies in the checkpoint's folder.
         tensors: What is in its files.
         rename: The name in the converted checkpoint, or why there is none.
     """
@@ -191,7 +191,7 @@ def open_source(
             parts.insert(0, part)
 
     towers = {}
-    if vision_tower is not None:
+    if vision_tower is not None and "mm_vision_tower" in config_dict:
         towers[config_dict["mm_vision_tower"]] = str(vision_tower)
     if not _has(parts, "model.vision_tower."):
         parts.append(_vision_tower_part(config_dict, folder, vision_tower))
@@ -374,5 +374,6 @@ def read_audio_tower(path: Path) -> tuple[Part, dict[str, Any]]:
             raise ConversionError(f"{path} is a BEATs with {unsupported}, which VideoLLaMA 2 does not use.")
         tensors = from_state_dict(content["model"], path)
         overrides = {"max_distance": cfg["max_distance"]} if "max_distance" in cfg else {}
-        return Part(f"BEATs ({path.name})", path.parent, tensors, lambda name: f"model.audio_tower.{name}"), overrides
+        # Not a file of the checkpoint, even if it lies there: the way back could not write its `cfg`.
+        return Part(f"BEATs ({path.name})", path, tensors, lambda name: f"model.audio_tower.{name}"), overrides
     return Part(f"audio tower ({path.name})", path.parent, from_state_dict(content, path), keep_name), {}

@@ -8,7 +8,7 @@ import pickle
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,13 @@ class StoredTensor:
             return torch.empty(self.shape, dtype=DTYPES[self.dtype])
         data = np.memmap(self.file, np.uint8, mode="c", offset=self.offset or 0, shape=(self.nbytes,))
         return torch.from_numpy(data).view(DTYPES[self.dtype]).reshape(self.shape)
+
+    def after(self, rows: int) -> "StoredTensor":
+        """The tensor without its first rows."""
+        shape = (max(self.shape[0] - rows, 0), *self.shape[1:])
+        offset = None if self.offset is None else self.offset + self.nbytes - replace(self, shape=shape).nbytes
+        values = None if self.values is None else self.values[rows:]
+        return replace(self, shape=shape, offset=offset, values=values)
 
     def equals(self, other: "StoredTensor") -> bool:
         """Whether the other tensor has the same dtype, shape and bytes."""
