@@ -189,6 +189,26 @@ def test_a_full_original_has_no_index_of_other_files(tmp_path):
     assert not list((tmp_path / "full").glob("*.index.json"))
 
 
+def test_two_names_of_one_tensor_must_agree(tmp_path):
+    """transformers write the vision tower under two names; of two values in one checkpoint none is the right one."""
+    checkpoint = shutil.copytree(GOLDENS / "mistral_clip_stp" / "checkpoint", tmp_path / "checkpoint")
+    name = "model.vision_tower.vision_tower.vision_model.post_layernorm.weight"
+    stored = read_folder(checkpoint)[name]
+    tensors = load_file(stored.file)
+    tensors[name.replace("vision_model.", "")] = tensors[name].clone()
+    save_file(tensors, stored.file, metadata={"format": "pt"})
+    index = checkpoint / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map[name.replace("vision_model.", "")] = stored.file.name
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert len(build_plan(open_source(checkpoint)).left_out) == 1
+    tensors[name.replace("vision_model.", "")] += 1
+    save_file(tensors, stored.file, metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match="but differ"):
+        build_plan(open_source(checkpoint))
+
+
 def test_trained_model_of_unknown_origin(converted, tmp_path):
     model = AutoModelForMultimodalLM.from_pretrained(converted("lora"))
     model.save_pretrained(tmp_path / "trained")

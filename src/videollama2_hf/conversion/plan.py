@@ -254,6 +254,8 @@ def _explain(
     is_equal = tensor.equals(chosen[twin].source)
     if twin != target and not is_equal:
         return f"{tensor.name} should equal {twin}, which is shared, but does not"
+    if chosen[twin].source.name in part.tensors and chosen[twin].part == part.label and not is_equal:
+        return f"{tensor.name} and {chosen[twin].source.name} of the same files are both {twin}, but differ"
     reason = COPY.format(twin) if is_equal else f"replaced by that of: {chosen[twin].part}"
     return LeftOut(tensor, part.label, reason, twin if is_equal else None)
 
