@@ -1,8 +1,10 @@
 """`videollama2 convert`: options that would be without effect are refused, not ignored."""
 
+import shutil
+
 import pytest
 
-from conversion_utils import RECORDED, edit_json, random_checkpoint
+from conversion_utils import RECORDED, edit_json
 from videollama2_hf.cli import main
 
 
@@ -28,9 +30,31 @@ def test_options_that_do_not_go_together(tmp_path, capsys, options, named, outpu
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tower_for_a_configuration_that_names_none(tmp_path, capsys):
-    checkpoint = random_checkpoint(tmp_path / "checkpoint")
-    edit_json(checkpoint / "config.json", mm_vision_tower=None)
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"mm_vision_tower": None}, "mm_vision_tower"),
+        ({"mm_vision_tower": 5}, "mm_vision_tower"),
+        ({"mm_vision_tower": ["a"]}, "mm_vision_tower"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_attention_heads": 0}, "config.json"),
+    ],
+)
+@pytest.mark.parametrize("tower", [True, False])
+def test_a_configuration_that_cannot_be_is_one_clear_error(tmp_path, capsys, changes, named, tower):
+    checkpoint = shutil.copytree(RECORDED, tmp_path / "checkpoint")
+    edit_json(checkpoint / "config.json", **changes)
+    (vision,) = (checkpoint / "vision").iterdir()
     with pytest.raises(SystemExit) as ended:
-        main(["convert", str(checkpoint), "--vision-tower", str(checkpoint / "vision"), "--dry-run"])
-    assert ended.value.code == 2 and "mm_vision_tower" in capsys.readouterr().err
+        main(["convert", str(checkpoint), "--dry-run", *(["--vision-tower", str(vision)] * tower)])
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and message.startswith("Error: ") and named in message
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_an_output_that_is_a_file_is_kept(tmp_path, capsys, options):
+    (tmp_path / "output").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(RECORDED), "--output", str(tmp_path / "output"), *options])
+    assert ended.value.code == 2 and "is a file" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]

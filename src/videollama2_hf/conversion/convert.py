@@ -319,7 +319,9 @@ def published_folder(
     resumed if the fingerprint is still the same; an input error leaves nothing.
     """
     output = output.resolve()  # behind a link: there is the place that was meant
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+    if output.is_file():
+        raise FileExistsError(f"{output} is a file. Choose a folder as --output.")
+    if output.exists() and not overwrite and any(output.iterdir()):
         raise FileExistsError(f"{output} is there already. Choose another --output, or replace it with --overwrite.")
     folder = _partial(output)
     if folder.exists() and not (resume or overwrite):

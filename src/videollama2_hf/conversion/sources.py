@@ -176,6 +176,8 @@ def open_source(
     if video_tower is not None:
         raise ConversionError(f"{folder} is not Video-LLaVA, so it has no --video-tower; use --vision-tower.")
     _check_model_type(config_dict, folder)
+    if not isinstance(config_dict.get("mm_vision_tower"), str):
+        raise ConversionError(f"{CONFIG_NAME} of {folder} names no vision tower (`mm_vision_tower`).")
     kind, parts, adapter, language_model_folder = read_parts(folder, config_dict, base)
 
     notes: list[str] = []
@@ -191,7 +193,7 @@ def open_source(
             parts.insert(0, part)
 
     towers = {}
-    if vision_tower is not None and "mm_vision_tower" in config_dict:
+    if vision_tower is not None:
         towers[config_dict["mm_vision_tower"]] = str(vision_tower)
     if not _has(parts, "model.vision_tower."):
         parts.append(_vision_tower_part(config_dict, folder, vision_tower))
@@ -208,10 +210,12 @@ def open_source(
             )
         arguments.get("audio_config", {}).update(audio_overrides)
         config = VideoLlama2Config(**arguments)
-    except (OSError, KeyError, ValueError, TypeError, StrictDataclassError) as error:
+    except (OSError, KeyError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         if isinstance(error, ConversionError):
             raise
         message = f"{CONFIG_NAME} of {folder} lacks {error}" if isinstance(error, KeyError) else str(error)
+        if isinstance(error, ArithmeticError):  # no attention heads, for example
+            message = f"{CONFIG_NAME} of {folder} is not valid: {error}"
         if isinstance(error, StrictDataclassError):  # its last line says what is wrong
             message = f"{CONFIG_NAME} of {folder} is not valid: {message.splitlines()[-1].strip().split(': ', 1)[-1]}"
         raise ConversionError(message) from None
@@ -343,9 +347,7 @@ def find_projector(folder: Path) -> Path | None:
 
 
 def _vision_tower_part(config_dict: dict[str, Any], folder: Path, vision_tower: str | Path | None) -> Part:
-    name = config_dict.get("mm_vision_tower")
-    if name is None:
-        raise ConversionError(f"{CONFIG_NAME} of {folder} names no vision tower (`mm_vision_tower`).")
+    name = config_dict["mm_vision_tower"]
     try:
         tower = fetch(vision_tower) if vision_tower is not None else find_named(name, folder)
         tensors = read_folder(tower)
