@@ -266,8 +266,8 @@ def memory_limit(name: str, row: dict[str, Any]) -> tuple[int, int]:
 
 def to_markdown(results: dict[str, Any]) -> str:
     lines = [
-        f"Measured with `{results['command']}` on {results['machine']}; {results['rounds']} rounds, medians (least to "
-        "most). Memory is the peak above the idle interpreter. The limits: "
+        f"Measured with `{results['command']}` on {results['machine']}; the medians of {results['rounds']} rounds (least "
+        "to most). Memory is the peak above the idle interpreter. The limits: "
         f"{MEMORY_LIMIT / 1e6:.0f} MB resident for safetensors; anonymous, the largest tensor "
         f"({max(row['largest_tensor'] for row in results['rows'].values()) / 1e6:.0f} MB) and "
         f"{MEMORY_LIMIT / 1e6:.0f} MB more for PyTorch's files; at least {SPEED_LIMIT} of the speed of `cp`. The load "
@@ -290,7 +290,15 @@ def to_markdown(results: dict[str, Any]) -> str:
 
 def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} {platform.machine()} cores, {memory:.0f} GiB of memory, Linux {platform.release()}"
+    return f"{os.cpu_count()} {platform.machine()} cores, {memory:.0f} GiB of memory, {platform.system()}"
+
+
+def describe_command(arguments: argparse.Namespace) -> str:
+    """The command without its folders."""
+    layers = "" if arguments.layers is None else f" --layers {arguments.layers}"
+    return (
+        f"python benchmarks/conversion.py{' --short' if arguments.short else f' --rounds {arguments.rounds}'}{layers}"
+    )
 
 
 def main() -> int:
@@ -311,7 +319,7 @@ def main() -> int:
         to_pytorch(work / "safetensors", work / "pytorch")
         print("pytorch", flush=True)
         rows["pytorch .bin"] = measure(work / "pytorch", work, rounds)
-    results = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "rounds": rounds, "rows": rows}
+    results = {"command": describe_command(arguments), "machine": machine(), "rounds": rounds, "rows": rows}
     arguments.results.mkdir(parents=True, exist_ok=True)
     (arguments.results / "conversion.json").write_text(json.dumps(results, indent=2) + "\n")
     (arguments.results / "conversion.md").write_text(to_markdown(results))
