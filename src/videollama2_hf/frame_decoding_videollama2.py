@@ -256,17 +256,21 @@ def _read_group(
 
 
 class FrameConverter:
-    """Turns decoded frames into `uint8` RGB tensors (height, width, 3), upright. One for each thread."""
+    """Turns decoded frames of one video into `uint8` RGB tensors (height, width, 3), upright. One for each thread."""
 
     def __init__(self):
         self.reformatter = import_av().video.reformatter.VideoReformatter()
+        self.orientation: tuple[bool, bool, bool] | None = None
 
     def __call__(self, frame: "av.VideoFrame") -> torch.Tensor:
+        if self.orientation is None:  # of one frame only: PyAV keeps those that are asked until garbage is collected
+            self.orientation = get_orientation(frame)
         rgb = torch.from_numpy(self.reformatter.reformat(frame, format="rgb24").to_ndarray())
-        is_transposed, *flips = get_orientation(frame)
+        is_transposed, *flips = self.orientation
         if is_transposed:
             rgb = rgb.transpose(0, 1)
-        return rgb.flip([dim for dim, is_flipped in enumerate(flips) if is_flipped]).contiguous()
+        reversed_dims = [dim for dim, is_reversed in enumerate(flips) if is_reversed]
+        return (rgb.flip(reversed_dims) if reversed_dims else rgb).contiguous()  # flip copies, also along no dimension
 
 
 def get_orientation(frame: "av.VideoFrame") -> tuple[bool, bool, bool]:

@@ -156,12 +156,12 @@ class VideoReader:
         unless the file is damaged. For videos of any length: only one frame is held. Otherwise as [`read_frames`].
         """
         wanted = _check_indices(indices, self.name)
-        runs, found = self._plan(wanted), set()
+        runs, found, to_tensor = self._plan(wanted), set(), FrameConverter()
         if runs is None:
             yield from self._decode_and_find(wanted, transform)
             return
         for number, run in enumerate(runs):
-            for index, frame in _convert(decode_runs(self.container, self.stream, [run]), transform):
+            for index, frame in _convert(decode_runs(self.container, self.stream, [run]), transform, to_tensor):
                 found.add(index)
                 yield index, frame
             if not found.issuperset(run.targets.values()):
@@ -257,9 +257,9 @@ class FolderReader:
 
 
 def _convert(
-    frames: Iterator[tuple[int, "av.VideoFrame"]], transform: Transform | None
+    frames: Iterator[tuple[int, "av.VideoFrame"]], transform: Transform | None, to_tensor: FrameConverter | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    to_tensor = FrameConverter()
+    to_tensor = to_tensor or FrameConverter()
     for index, frame in frames:
         rgb = to_tensor(frame)
         yield index, rgb if transform is None else transform(rgb)
