@@ -266,8 +266,8 @@ def memory_limit(name: str, row: dict[str, Any]) -> tuple[int, int]:
 
 def to_markdown(results: dict[str, Any]) -> str:
     lines = [
-        f"Measured with `{results['command']}` on {results['machine']}; the medians of {results['rounds']} rounds (least "
-        "to most). Memory is the peak above the idle interpreter. The limits: "
+        f"Measured with `{results['command']}` on {results['machine']}; medians of {results['rounds']} rounds "
+        "(least to most). Memory is the peak above the idle interpreter. The limits: "
         f"{MEMORY_LIMIT / 1e6:.0f} MB resident for safetensors; anonymous, the largest tensor "
         f"({max(row['largest_tensor'] for row in results['rows'].values()) / 1e6:.0f} MB) and "
         f"{MEMORY_LIMIT / 1e6:.0f} MB more for PyTorch's files; at least {SPEED_LIMIT} of the speed of `cp`. The load "
