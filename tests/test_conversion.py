@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
 from golden_utils import GOLDENS, Recording
+from test_modeling import collate, row
 from test_original_checkpoints import write_original
 from tiny_models import FAMILIES, make_model
+from videollama2_hf.configuration_videollama2 import ConnectorType
 from videollama2_hf.conversion import ConversionError, build_plan, convert_checkpoint, open_source, restore_original
 from videollama2_hf.conversion.sources import complete_name
 from videollama2_hf.conversion.tensors import as_bytes, read_folder
@@ -233,14 +236,39 @@ def test_every_language_model_there_and_back(tmp_path, family, vision, connector
         video_token_id=401,
         audio_token_id=402,
     )
-    write_original(model, tmp_path / "original", "qwen2" if family == "qwen2" else "llama")
-    convert_checkpoint(tmp_path / "original", tmp_path / "model")
-    loaded, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert_there_and_back(model, tmp_path, "qwen2" if family == "qwen2" else "llama")
+
+
+@pytest.mark.parametrize("connector_type", get_args(ConnectorType)[:-1])  # the last one is Video-LLaVA's
+def test_every_connector_there_and_back(tmp_path, connector_type):
+    model = make_model(
+        "mistral",
+        vision="clip_vision_model",
+        connector_type=connector_type,
+        connector_depth=4,
+        hears=False,
+        # Some connectors need the tower's width, which is 24.
+        text_config={"vocab_size": 400, "hidden_size": 24, "num_key_value_heads": 4},
+        image_token_id=400,
+        video_token_id=401,
+        audio_token_id=402,
+    )
+    assert_there_and_back(model, tmp_path, "llama")
+
+
+def assert_there_and_back(model, folder, tokenizer):
+    """A checkpoint of the original's layout becomes one with the model's weights and its logits, and then itself."""
+    write_original(model, folder / "original", tokenizer)
+    convert_checkpoint(folder / "original", folder / "model")
+    loaded, info = AutoModelForMultimodalLM.from_pretrained(folder / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
-    restore_original(tmp_path / "model", tmp_path / "back")
-    assert_same_files(tmp_path / "back", tmp_path / "original")
+    batch = collate([row("video t", model.config), row("t image t", model.config)])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
+    restore_original(folder / "model", folder / "back")
+    assert_same_files(folder / "back", folder / "original")
 
 
 def test_cast_to_another_dtype(tmp_path):
