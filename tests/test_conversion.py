@@ -16,7 +16,7 @@ from test_original_checkpoints import write_original
 from tiny_models import FAMILIES, make_model
 from videollama2_hf.configuration_videollama2 import ConnectorType
 from videollama2_hf.conversion import ConversionError, build_plan, convert_checkpoint, open_source, restore_original
-from videollama2_hf.conversion.sources import complete_name
+from videollama2_hf.conversion.sources import complete_name, fetch
 from videollama2_hf.conversion.tensors import as_bytes, read_folder
 
 
@@ -312,3 +312,43 @@ def test_every_tensor_is_the_source_byte_for_byte(converted, name):
     assert set(target) == {tensor.target for tensor in plan.tensors}
     for tensor in plan.tensors:
         assert tensor.source.equals(target[tensor.target]), tensor.target
+
+
+def test_only_what_belongs_to_the_model_is_kept_of_the_source(tmp_path):
+    """`original/` is published with the model: no logs, data or nested checkpoints."""
+    source = tmp_path / "source"
+    shutil.copytree(GOLDENS / "mistral_clip_stp" / "checkpoint", source)
+    (source / "checkpoint-100").mkdir()
+    for name in ("trainer_state.json", "train.log", "clip.mp4", "checkpoint-100/config.json", ".netrc.json"):
+        (source / name).write_text("{}")
+    convert_checkpoint(source, tmp_path / "model")
+    kept = {
+        str(path.relative_to(tmp_path / "model" / "original")) for path in (tmp_path / "model").rglob("original/**/*")
+    }
+    assert not {
+        name
+        for name in kept
+        if "checkpoint-100" in name or name.endswith((".log", ".mp4", "state.json", "netrc.json"))
+    }
+    assert "config.json" in kept and "tokenizer.model" in kept
+
+
+@pytest.mark.parametrize(
+    ("files", "skipped"),
+    [
+        (["model-00001-of-00002.safetensors", "pytorch_model.bin", "consolidated.safetensors"], True),
+        (["pytorch_model-00001-of-00002.bin", "adapter_model.safetensors"], False),
+    ],
+)
+def test_weights_are_downloaded_once(monkeypatch, tmp_path, files, skipped):
+    """Repositories often hold the same weights in two formats."""
+    asked: dict = {}
+
+    def snapshot_download(name, **kwargs):
+        asked.update(kwargs)
+        return str(tmp_path)
+
+    monkeypatch.setattr("videollama2_hf.conversion.sources.HfApi.list_repo_files", lambda self, *args, **kwargs: files)
+    monkeypatch.setattr("videollama2_hf.conversion.sources.snapshot_download", snapshot_download)
+    assert fetch("owner/name") == tmp_path
+    assert ("pytorch_model*" in asked["ignore_patterns"]) == skipped and "consolidated*" in asked["ignore_patterns"]

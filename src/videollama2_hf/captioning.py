@@ -133,7 +133,7 @@ def caption(
                 conversations.append([{"role": "user", "content": [block, {"type": "text", "text": question}]}])
             readable = [path for path in paths if path not in report.failed]
             for path, answer in zip(readable, session.answer(conversations, **generation) if conversations else ()):
-                record = {"media": path, "question": question, "text": answer.text}
+                record: dict[str, Any] = {"media": path, "question": question, "text": answer.text}
                 record |= {"num_new_tokens": answer.num_new_tokens, "finish_reason": answer.finish_reason}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 report.num_answered += 1

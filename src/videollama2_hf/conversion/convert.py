@@ -41,7 +41,8 @@ LEFT_OUT_FILE = "left_out_tensors.safetensors"
 DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes
 
 _PLAN_FILE, _LOCK_FILE = ".plan.json", ".lock"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_SMALL_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+_TRAINING_FILES = ("all_results.json", "train_results.json", "trainer_state.json", "training_args.json")
 _LARGEST_SMALL_FILE = 50 * 2**20  # bytes
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -215,7 +216,7 @@ def _write_original(plan: Plan, folder: Path) -> None:
     """`original/`: the small files of the source and the layout of its weights, from which it can be written again."""
     source, target = plan.source, folder / ORIGINAL_FOLDER
     shutil.rmtree(target, ignore_errors=True)
-    _copy_small_files(source.folder, target)
+    _copy_small_files(source.folder, target, source.config_dict.get("mm_vision_tower"))
     if source.language_model_folder != source.folder:
         _copy_small_files(source.language_model_folder, target / LANGUAGE_MODEL_FOLDER)
     if source.adapter is not None:  # merging cannot be undone
@@ -255,14 +256,16 @@ def _write_original(plan: Plan, folder: Path) -> None:
     (target / LAYOUT_FILE).write_text(json.dumps(layout, indent=1) + "\n")
 
 
-def _copy_small_files(folder: Path, target: Path) -> None:
-    """All files but weights, and nothing hidden."""
+def _copy_small_files(folder: Path, target: Path, tower: str | None = None) -> None:
+    """Configurations and tokenizers, also of a vision tower in a folder below, and nothing of training's logs."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
-            continue
-        if path.suffix not in _WEIGHT_SUFFIXES and path.stat().st_size <= _LARGEST_SMALL_FILE:
+    paths = [*folder.iterdir()]
+    if tower and (folder / tower).is_dir() and (folder / tower).resolve().is_relative_to(folder.resolve()):
+        paths += (folder / tower).iterdir()
+    for path in sorted(paths):
+        is_small = path.suffix in _SMALL_SUFFIXES and path.is_file() and path.stat().st_size <= _LARGEST_SMALL_FILE
+        if is_small and path.name not in _TRAINING_FILES and not path.name.startswith("."):
+            relative = path.relative_to(folder)
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)
 

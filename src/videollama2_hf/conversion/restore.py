@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,10 @@ def restore_original(
                     _write_safetensors(folder / name, layout["files"][name].get("header"), content, progress)
                 else:
                     temporary = folder / f"{name}.part"
-                    torch.save({key: tensor.load() for key, tensor in content.items()}, temporary)
+                    with open(temporary, "wb") as file:
+                        torch.save({key: tensor.load() for key, tensor in content.items()}, file)
+                        file.flush()
+                        os.fsync(file.fileno())
                     temporary.replace(folder / name)
                     progress.update(sum(tensor.nbytes for tensor in content.values()))
         if full and len(contents) > 1:

@@ -1,13 +1,20 @@
 """What an original checkpoint consists of: which files hold which of its weights, under which names."""
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
@@ -106,7 +113,12 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
     if Path(name).is_file():
         raise ConversionError(f"{name} is a file; pass the folder it lies in.")
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=_DOWNLOADED))
+        files = _list_files(str(name), revision)
+        has_safetensors = any(re.fullmatch(r"model.*\.safetensors(\.index\.json)?", file) for file in files)
+        skipped = ["consolidated*", *(["pytorch_model*"] if has_safetensors else [])]  # the same weights once more
+        return Path(
+            snapshot_download(str(name), revision=revision, allow_patterns=_DOWNLOADED, ignore_patterns=skipped)
+        )
     except HFValidationError:
         raise ConversionError(f"There is no folder {name}, and it is not the name of a Hub repository.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -115,6 +127,14 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
             f"{name} is no folder here and could not be downloaded from the Hub ({reason}). Check the spelling, the "
             "network and your access, or pass a folder."
         ) from None
+
+
+def _list_files(name: str, revision: str | None) -> list[str]:
+    """Files of a repository; none where it is only in the cache."""
+    try:
+        return HfApi().list_repo_files(name, revision=revision)
+    except (OfflineModeIsEnabled, *HfHubHTTPError.__bases__):
+        return []
 
 
 def find_named(reference: str, folder: Path) -> Path:
@@ -181,6 +201,8 @@ def open_source(
     kind, parts, adapter, language_model_folder = read_parts(folder, config_dict, base)
 
     notes: list[str] = []
+    if kind == "lora" and not (folder / NON_LORA_FILE).is_file():
+        notes.append(f"There is no {NON_LORA_FILE} beside the adapter: connectors and towers are the base's.")
     audio = config_dict.get("mm_audio_tower") is not None or audio_tower is not None
     audio_overrides: dict[str, Any] = {}
     if audio:

@@ -88,7 +88,7 @@ class StoredTensor:
                 yield data[start : start + CHUNK_SIZE]
             return
         buffer = memoryview(bytearray(min(CHUNK_SIZE, self.nbytes)))
-        with open(self.file, "rb", buffering=0) as file:
+        with open(self.file, "rb") as file:  # buffered: a read is as long as asked for
             file.seek(self.offset)
             left = self.nbytes
             while left:
