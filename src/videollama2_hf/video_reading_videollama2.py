@@ -261,8 +261,8 @@ def _convert(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     to_tensor = to_tensor or FrameConverter()
     for index, frame in frames:
-        rgb = to_tensor(frame)
-        yield index, rgb if transform is None else transform(rgb)
+        # Without a name, so that the pixels are not held while the next frame is decoded.
+        yield index, to_tensor(frame) if transform is None else transform(to_tensor(frame))
 
 
 def _stack(frames: dict[int, torch.Tensor], indices: Sequence[int] | np.ndarray) -> torch.Tensor | list[torch.Tensor]:
