@@ -15,6 +15,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer, Train
 from golden_utils import GOLDENS
 from training_utils import make_folder, write_rows
 from videollama2_hf import VideoLlama2ForConditionalGeneration
+from videollama2_hf.conversion import convert_checkpoint, restore_original
 from videollama2_hf.training import (
     Recipe,
     VideoLlama2DataCollator,
@@ -241,3 +242,31 @@ def test_features_of_a_tower_that_trains_are_not_kept(folder, tmp_path):
     recipe = make_recipe(folder, tmp_path / "run", trainable=["audio_tower"], feature_cache=str(tmp_path / "features"))
     with pytest.raises(ValueError, match="audio_tower"):
         train(recipe)
+
+
+def test_what_lora_trained_goes_back_to_the_original_layout(folder, tmp_path):
+    """From a converted original through LoRA and its merge to files of the original code."""
+    source = GOLDENS / "qwen2_siglip_beats_av" / "checkpoint"
+    convert_checkpoint(source, tmp_path / "converted")
+    recipe = make_recipe(
+        folder,
+        tmp_path / "tuned",
+        "videollama2_2_video_tuning_lora",
+        model=str(tmp_path / "converted"),
+        data=str(write_rows(folder / "data", "videos.json", kinds="v i")),
+        num_frames=None,
+        max_text_length=None,
+    )
+    train(recipe)
+    merged = AutoModelForMultimodalLM.from_pretrained(tmp_path / "tuned" / "merged")
+    restore_original(tmp_path / "tuned" / "merged", tmp_path / "original", original=tmp_path / "converted")
+    names = {path.name for path in (tmp_path / "original").iterdir()}
+    assert {path.name for path in source.glob("*.safetensors")} <= names
+    restored, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "original", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    before = AutoModelForMultimodalLM.from_pretrained(source, dtype=merged.dtype).state_dict()
+    for name, value in restored.state_dict().items():
+        assert torch.equal(value, merged.state_dict()[name]), name
+    trained = {name for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
+    assert any("self_attn.q_proj" in name for name in trained) and any("mm_projector." in name for name in trained)
+    assert not any("tower" in name or "mm_projector_a" in name for name in trained)
