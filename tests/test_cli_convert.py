@@ -58,3 +58,15 @@ def test_an_output_that_is_a_file_is_kept(tmp_path, capsys, options):
         main(["convert", str(RECORDED), "--output", str(tmp_path / "output"), *options])
     assert ended.value.code == 2 and "is a file" in capsys.readouterr().err
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_failed_upload_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("The Hub cannot be reached.")
+
+    monkeypatch.setattr("videollama2_hf.conversion.push_to_hub", fail)
+    with pytest.raises(SystemExit) as end:
+        main(["convert", str(RECORDED), "-o", str(tmp_path / "out"), "--push-to-hub", "owner/name"])
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and f"hf upload owner/name {tmp_path / 'out'}" in error
+    assert (tmp_path / "out" / "model.safetensors").is_file()

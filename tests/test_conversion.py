@@ -352,3 +352,15 @@ def test_weights_are_downloaded_once(monkeypatch, tmp_path, files, skipped):
     monkeypatch.setattr("videollama2_hf.conversion.sources.snapshot_download", snapshot_download)
     assert fetch("owner/name") == tmp_path
     assert ("pytorch_model*" in asked["ignore_patterns"]) == skipped and "consolidated*" in asked["ignore_patterns"]
+
+
+def test_parts_that_are_not_there_are_noted(tmp_path):
+    """An adapter alone, over a base that is whole; and weights beside it, which count for nothing."""
+    convert_checkpoint(GOLDENS / "lora" / "checkpoint-lora", tmp_path / "base")
+    adapter = tmp_path / "adapter-lora"
+    shutil.copytree(GOLDENS / "lora" / "checkpoint-lora", adapter)
+    (adapter / "non_lora_trainables.bin").unlink()
+    shutil.copy(tmp_path / "base" / "model.safetensors", adapter)
+    plan = convert_checkpoint(adapter, None, base=tmp_path / "base", dry_run=True)
+    assert any("connectors and towers are the base's" in note for note in plan.source.notes)
+    assert any("whole weights beside the adapter" in note for note in plan.source.notes)

@@ -77,7 +77,7 @@ def convert(
         videollama2 convert my-lora-run --base mistralai/Mistral-7B-Instruct-v0.2 --output merged
         videollama2 convert fine-tuned --to-original --original converted --output for-the-original-code
     """
-    from ..conversion import convert_checkpoint, push_to_hub, restore_original
+    from ..conversion import ConversionError, convert_checkpoint, push_to_hub, restore_original
 
     if output is None and not dry_run:
         raise ValueError("Say where the result is to be written: --output FOLDER.")
@@ -125,4 +125,9 @@ def convert(
     typer.echo(f"Written: {output} ({plan.nbytes / 1e9:.2f} GB, {len(plan.tensors)} tensors)")
     if repository is not None:
         assert output is not None
-        typer.echo(f"Uploaded: {push_to_hub(output, repository, private=private)}")
+        try:
+            address = push_to_hub(output, repository, private=private)
+        except (ConversionError, ConnectionError) as error:
+            hint = f"The conversion is complete; this uploads it: hf upload {repository} {output}"
+            raise type(error)(f"{error} {hint}") from None
+        typer.echo(f"Uploaded: {address}")

@@ -27,7 +27,15 @@ from ..checkpoint_videollama2 import (
 )
 from ..configuration_videollama2 import VideoLlama2Config
 from .lora import Adapter, read_adapter
-from .tensors import ConversionError, StoredTensor, from_state_dict, load_pickle, read_file, read_folder
+from .tensors import (
+    ConversionError,
+    StoredTensor,
+    find_weight_files,
+    from_state_dict,
+    load_pickle,
+    read_file,
+    read_folder,
+)
 
 
 # Files of a repository that a conversion can need; the rest (optimizer states, videos) is not downloaded.
@@ -203,6 +211,8 @@ def open_source(
     notes: list[str] = []
     if kind == "lora" and not (folder / NON_LORA_FILE).is_file():
         notes.append(f"There is no {NON_LORA_FILE} beside the adapter: connectors and towers are the base's.")
+    if kind == "lora" and find_weight_files(folder)[0]:
+        notes.append(f"{folder.name} holds whole weights beside the adapter; the adapter is merged into its base.")
     audio = config_dict.get("mm_audio_tower") is not None or audio_tower is not None
     audio_overrides: dict[str, Any] = {}
     if audio:
