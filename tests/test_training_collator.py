@@ -247,7 +247,7 @@ def files(tmp_path_factory):
 
 def test_number_of_tokens_needs_no_decoding(files, monkeypatch):
     import videollama2_hf.feature_extraction_videollama2 as sound
-    import videollama2_hf.media_videollama2 as media
+    import videollama2_hf.video_reading_videollama2 as reading
 
     processor = make_processor()
     clips = [
@@ -282,7 +282,7 @@ def test_number_of_tokens_needs_no_decoding(files, monkeypatch):
         raise AssertionError("a medium was decoded")
 
     for module, names in {
-        media: ["decode_indices", "decode_timestamps", "_decode_audio"],
+        reading: ["decode_indices", "decode_runs", "decode_timestamps"],
         sound: ["read_audio_track"],
     }.items():
         for name in names:
