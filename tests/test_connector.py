@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
 from videollama2_hf.configuration_videollama2 import (
+    ConnectorType,
     VideoLlama2AudioConfig,
     VideoLlama2Config,
     get_connector_output_size,
@@ -146,3 +148,17 @@ def test_gradient_checkpointing_changes_nothing():
         function, *args, use_reentrant=False
     )
     torch.testing.assert_close(connector(features), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("connector_type", get_args(ConnectorType))
+def test_half_precision_on_a_cpu(connector_type, dtype):
+    """Where PyTorch itself lacks an operation for it, too."""
+    torch.manual_seed(0)
+    connector = build_connector(make_config(connector_type, in_features=32, connector_depth=1)).eval()
+    features = torch.randn(1, 4, 16, 32)
+    with torch.no_grad():
+        expected = connector(features)
+        rounded = connector.to(dtype)(features.to(dtype))
+    assert rounded.dtype == dtype
+    torch.testing.assert_close(rounded.float(), expected, atol=0.05, rtol=0.05)

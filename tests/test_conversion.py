@@ -52,7 +52,7 @@ def converted(tmp_path_factory):
     def convert(name: str) -> Path:
         if not (root / name).exists():
             dtype = "float32" if name == "lora" else None  # recorded with the merged weights in float32
-            convert_checkpoint(GOLDENS / name / CHECKPOINTS[name], root / name, dtype=dtype)
+            convert_checkpoint(GOLDENS / name / CHECKPOINTS[name], root / name, dtype=dtype, verify=True)
         return root / name
 
     return convert

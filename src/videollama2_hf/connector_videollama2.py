@@ -23,6 +23,15 @@ def _build_mlp(depth: int, in_features: int, out_features: int) -> list[nn.Modul
     return layers
 
 
+class MeanPool3d(nn.AvgPool3d):
+    """PyTorch has no 3D pooling of half precision on CPUs: there it is computed in float32 and rounded once."""
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        if volume.device.type == "cpu" and volume.dtype in (torch.bfloat16, torch.float16):
+            return super().forward(volume.float()).to(volume.dtype)
+        return super().forward(volume)
+
+
 class STCConnector(nn.Module):
     """
     Spatial-Temporal Convolution connector (paper, section 2.2) and its ablations.
@@ -43,7 +52,7 @@ class STCConnector(nn.Module):
         self._gradient_checkpointing_func: Callable | None = None
         self.s1 = self._build_stage(config.connector_depth, in_features, hidden_size) if has_stages else nn.Identity()
         sampler = (
-            nn.AvgPool3d(kernel_size)
+            MeanPool3d(kernel_size)
             if pools
             else nn.Conv3d(hidden_size, hidden_size, kernel_size, stride=kernel_size, padding=padding)
         )
