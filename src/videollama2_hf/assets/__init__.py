@@ -1,0 +1,16 @@
+"""
+What the package brings along, so that everything can be tried offline: the small model, trained on the synthetic world
+(`docs/small_model.md`), and a clip of that world.
+"""
+
+from pathlib import Path
+
+
+_FOLDER = Path(__file__).parent
+# A folder that `from_pretrained` loads: a VideoLLaMA 2.1-AV of 10 million parameters.
+SMALL_MODEL = _FOLDER / "small_model"
+# Four seconds of video with sound.
+EXAMPLE_CLIP = _FOLDER / "clip.mp4"
+
+
+__all__ = ["EXAMPLE_CLIP", "SMALL_MODEL"]
