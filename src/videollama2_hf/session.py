@@ -78,6 +78,7 @@ class Answer:
         num_new_tokens: Tokens of the answer.
         finish_reason: `"stop"`, or `"length"` where the answer was cut off.
         first_token_seconds, seconds: Time to the first token and to the last.
+        token_ids: Ids of the answer's tokens, without the one that ends it.
     """
 
     text: str
@@ -87,6 +88,7 @@ class Answer:
     finish_reason: str = "stop"
     first_token_seconds: float = 0.0
     seconds: float = 0.0
+    token_ids: list[int] = field(default_factory=list)
 
 
 class Session:
@@ -242,7 +244,7 @@ class Session:
         kept = ids if end is None else ids[:end]
         text = self.processor.decode(kept, skip_special_tokens=True).strip()
         reason = "length" if end is None else "stop"
-        return Answer(text, num_prompt, num_reused, len(kept), reason, first, seconds)
+        return Answer(text, num_prompt, num_reused, len(kept), reason, first, seconds, kept)
 
 
 @dataclass
