@@ -200,22 +200,31 @@ class Session:
             conversations: Messages as [`VideoLlama2Processor.apply_chat_template`] takes them.
             generation: Arguments of `generate`, such as `max_new_tokens`.
         """
+        inputs = self.prepare(conversations)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, **_defaults(generation))
+        seconds = time.perf_counter() - started
+        answers = []
+        num_prompt = inputs["attention_mask"].sum(dim=1).tolist()
+        for length, ids in zip(num_prompt, output[:, inputs["input_ids"].shape[1] :].tolist()):
+            answers.append(self._to_answer(ids, length, 0, seconds, seconds))
+        return answers
+
+    def prepare(self, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """
+        What `generate` takes to answer some conversations, as one batch: `input_ids` and `attention_mask`
+        (batch, length), padded on the left, and the encoded media as `mm_encoder_outputs`.
+
+        Args:
+            conversations: Messages as [`VideoLlama2Processor.apply_chat_template`] takes them.
+        """
         prompts = [self._read(messages) for messages in conversations]
         padded = self.processor.tokenizer.pad(
             {"input_ids": [prompt.ids for prompt in prompts]}, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            output = self.model.generate(
-                **padded,
-                mm_encoder_outputs=_as_encoder_outputs([medium for prompt in prompts for medium in prompt.media]),
-                **_defaults(generation),
-            )
-        seconds = time.perf_counter() - started
-        answers = []
-        for prompt, ids in zip(prompts, output[:, padded["input_ids"].shape[1] :].tolist()):
-            answers.append(self._to_answer(ids, len(prompt.ids), 0, seconds, seconds))
-        return answers
+        media = [medium for prompt in prompts for medium in prompt.media]
+        return {**padded, "mm_encoder_outputs": _as_encoder_outputs(media)}
 
     def _read(self, messages: list[dict[str, Any]]) -> "_Prompt":
         """The prompt of a conversation, its media encoded."""
