@@ -13,6 +13,7 @@ from . import data
 from .ask import ask, chat
 from .caption import caption
 from .convert import convert
+from .evaluate import evaluate
 from .train import train
 
 
@@ -29,6 +30,7 @@ app.command()(chat)
 app.command()(caption)
 app.command()(convert)
 app.command()(train)
+app.command("eval")(evaluate)
 app.add_typer(data.app, name="data")
 
 
