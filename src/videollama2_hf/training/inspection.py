@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ..drawing import draw_filter_banks, draw_frames, draw_image, frame_times, make_figure, to_pictures
 from ..feature_extraction_videollama2 import VideoLlama2FeatureExtractor
 from ..image_processing_videollama2 import VideoLlama2ImageProcessor
 from ..media_videollama2 import MediaError, NoAudioTrackError
@@ -19,7 +18,6 @@ from .encoding import RowEncoder
 
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from rich.table import Table
     from rich.text import Text
 
@@ -210,20 +208,14 @@ def draw_media(
         ValueError: The row has no media.
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Drawing needs matplotlib: pip install videollama2-hf[train].") from error
     content = [block for message in prepare_messages(messages) for block in message["content"]]
     panels = _plan_panels(content, encoded, processor)
     if not panels:
         raise ValueError("The row has no media to draw.")
-    heights = [2.6 if kind == "video" else 2.2 for kind, *_ in panels]
-    figure = Figure(figsize=(12, sum(heights) + 0.6 * len(panels)), layout="constrained", dpi=100)
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    figure, axes = make_figure([2.6 if kind == "video" else 2.2 for kind, *_ in panels])
     for axis, (kind, title, *values) in zip(axes, panels):
         axis.set_title(title, loc="left", fontsize=10)
-        draw: Any = {"image": _draw_image, "video": _draw_frames, "audio": _draw_filter_banks}[kind]
+        draw: Any = {"image": draw_image, "video": draw_frames, "audio": draw_filter_banks}[kind]
         draw(axis, *values)
     figure.savefig(path)
 
@@ -242,68 +234,16 @@ def _plan_panels(content: list[dict], encoded: dict[str, Any], processor: VideoL
         numbers[kind] += 1
         title = f"{kind} {numbers[kind]}"
         if kind == "image":
-            panels.append((kind, title, _to_pictures(next(media["pixel_values"])[None], processor.image_processor)[0]))
+            panels.append((kind, title, to_pictures(next(media["pixel_values"])[None], processor.image_processor)[0]))
         elif kind == "audio":
-            panels.append((kind, title, next(media["input_features"]), seconds))
+            panels.append((kind, title, next(media["input_features"]).float().numpy(), seconds))
         else:
             metadata = processor.video_processor([block["video"]], return_metadata=True)["video_metadata"][0]
-            pictures = _to_pictures(next(media["pixel_values_videos"]), processor.video_processor)
-            panels.append((kind, f"{title}, {len(pictures)} frames", pictures, metadata))
+            pictures = to_pictures(next(media["pixel_values_videos"]), processor.video_processor)
+            panels.append((kind, f"{title}, {len(pictures)} frames", pictures, *frame_times(metadata, len(pictures))))
             if encoder.is_heard(block):
-                panels.append(("audio", f"sound of {title}", next(media["input_features"]), seconds))
+                panels.append(("audio", f"sound of {title}", next(media["input_features"]).float().numpy(), seconds))
     return panels
-
-
-def _to_pictures(pixels: torch.Tensor, part: Any) -> Any:
-    """Normalised pixels (frames, 3, H, W) as pictures (frames, H, W, 3) in [0, 1]."""
-    mean, std = (torch.tensor(list(values)).view(3, 1, 1) for values in (part.image_mean, part.image_std))
-    return (pixels.float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-
-def _draw_image(axis: "Axes", picture: Any) -> None:
-    axis.imshow(picture)
-    axis.set_anchor("W")
-    axis.set_axis_off()
-
-
-def _draw_frames(axis: "Axes", pictures: Any, metadata: Any) -> None:
-    """Frames side by side, each tied to its second on a line of time below."""
-    from matplotlib.ticker import MaxNLocator
-
-    total, has_rate = metadata.total_num_frames, metadata.fps is not None
-    indices = metadata.frames_indices or range(len(pictures))
-    times = [index / metadata.fps if has_rate else index for index in indices]
-    end = total / metadata.fps if has_rate else total
-    number, (height, width) = len(pictures), pictures.shape[1:3]
-    tall = height / width
-    for place, (picture, time) in enumerate(zip(pictures, times)):
-        axis.imshow(picture, extent=(place + 0.03, place + 0.97, 0, 0.94 * tall), aspect="auto")
-        on_line = time / end * number
-        axis.plot([place + 0.5, on_line], [0, -0.35 * tall], color="0.6", linewidth=0.8)
-        axis.plot(on_line, -0.35 * tall, "o", color="C3", markersize=3)
-    axis.plot([0, number], [-0.35 * tall] * 2, color="black", linewidth=1)
-    ticks = [time for time in MaxNLocator(8).tick_values(0, end) if 0 <= time <= end]
-    axis.set_xticks([time / end * number for time in ticks], [f"{time:.3g}" for time in ticks])
-    axis.set(xlim=(0, number), ylim=(-0.42 * tall, tall), yticks=[], xlabel="seconds" if has_rate else "frames")
-    axis.set_aspect("equal")
-    for side in ("top", "left", "right", "bottom"):
-        axis.spines[side].set_visible(False)
-
-
-def _draw_filter_banks(axis: "Axes", features: torch.Tensor, seconds: float) -> None:
-    values = features.float().T.numpy()
-    floor = -16.0  # silence: the logarithm of the smallest energy that `kaldi.fbank` takes
-    image = axis.imshow(
-        values,
-        origin="lower",
-        aspect="auto",
-        extent=(0, seconds, 0, len(values)),
-        cmap="magma",
-        vmin=floor,
-        vmax=max(float(values.max()), 0.0),
-    )
-    axis.set(xlabel="seconds of the window that the model hears", ylabel="mel bin")
-    axis.figure.colorbar(image, ax=axis, pad=0.01, label="log energy")
 
 
 __all__ = ["DataReport", "check_data", "draw_media", "render_table", "render_text", "split_runs"]
