@@ -86,8 +86,8 @@ def find_options(question: str) -> dict[str, str]:
 
 def find_letter(answer: str, options: dict[str, str]) -> str | None:
     """
-    The option that an answer names. In this order: a letter that it begins with or has in brackets, an option whose
-    text is the answer or alone stands in it, a letter that stands by itself.
+    The option that an answer names. In this order: a letter that it begins with or has in brackets, the only
+    option whose text stands in it, a letter that stands by itself.
 
     The original's evaluation (`inference_video_mcqa_*.py`) takes the first capital letter of the options' range,
     also one inside a word, then an option's text, and counts an answer that names none as C. Answers that are only
@@ -100,12 +100,15 @@ def find_letter(answer: str, options: dict[str, str]) -> str | None:
             return found[1]
     given = normalise(answer)
     texts = {letter: normalise(text) for letter, text in options.items()}
-    for matches in (
-        [letter for letter, text in texts.items() if text and text == given],
-        [letter for letter, text in texts.items() if text and f" {text} " in f" {given} "],
-    ):
-        if len(matches) == 1:
-            return matches[0]
+    named = {letter: text for letter, text in texts.items() if text and f" {text} " in f" {given} "}
+    # "dark blue" names that and not "blue".
+    longest = [
+        letter
+        for letter, text in named.items()
+        if not any(text != other and text in other for other in named.values())
+    ]
+    if len(longest) == 1:
+        return longest[0]
     return next((letter for letter in _LONE_LETTER.findall(answer) if letter in options), None)
 
 
