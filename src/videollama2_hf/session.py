@@ -330,7 +330,7 @@ class Chat:
                         mm_encoder_outputs=_as_encoder_outputs(new_media),
                         past_key_values=self._cache,
                         streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([_Stop(stop)]),
+                        stopping_criteria=StoppingCriteriaList([StopOnEvent(stop)]),
                         **_defaults(generation),
                     )[0].tolist()
             except BaseException as error:  # it belongs to the caller's thread
@@ -388,7 +388,9 @@ class Chat:
         return common
 
 
-class _Stop(StoppingCriteria):
+class StopOnEvent(StoppingCriteria):
+    """Ends the generation at the next token once an event is set."""
+
     def __init__(self, event: threading.Event):
         self.event = event
 
@@ -480,4 +482,4 @@ def _digest(*values: Any) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["Answer", "Chat", "EncodedMedia", "Session"]
+__all__ = ["Answer", "Chat", "EncodedMedia", "Session", "StopOnEvent"]

@@ -14,6 +14,7 @@ from .ask import ask, chat
 from .caption import caption
 from .convert import convert
 from .evaluate import evaluate
+from .serve import serve
 from .train import train
 
 
@@ -30,6 +31,7 @@ app.command()(chat)
 app.command()(caption)
 app.command()(convert)
 app.command()(train)
+app.command()(serve)
 app.command("eval")(evaluate)
 app.add_typer(data.app, name="data")
 
