@@ -1,6 +1,9 @@
 """The synthetic world: its balance, its files, its batches, the small model and its table."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from itertools import product
 
@@ -11,7 +14,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from tiny_models import AUDIO_SIZES
 from videollama2_hf import VideoLlama2ForConditionalGeneration, VideoLlama2Processor
-from videollama2_hf.synthetic import ablation, evaluation, small_model, stages
+from videollama2_hf.synthetic import ablation, dataset, evaluation, small_model, stages
 from videollama2_hf.synthetic.__main__ import main
 from videollama2_hf.synthetic.dataset import RowTokenizer, WorldCollator, WorldDataset, describe_media, draw_media
 from videollama2_hf.synthetic.pretraining import ClipDataset, collate_frames, label_patches, label_sounds
@@ -27,6 +30,7 @@ from videollama2_hf.synthetic.rendering import (
 )
 from videollama2_hf.synthetic.rows import MEDIA, Row, draw_caption_row, draw_row, to_messages, write_medium
 from videollama2_hf.synthetic.small_model import build_config, build_model, build_processor, build_world_tokenizer
+from videollama2_hf.synthetic.trainer import WorldTrainer
 from videollama2_hf.synthetic.world import (
     COLOURS,
     INSTRUMENTS,
@@ -36,7 +40,7 @@ from videollama2_hf.synthetic.world import (
     is_held_out,
     is_instrument_held_out,
 )
-from videollama2_hf.training import RowEncoder, VideoLlama2Dataset
+from videollama2_hf.training import RowEncoder, VideoLlama2Dataset, VideoLlama2TrainingArguments
 
 
 SCENE_OF = {"match": "move", "synchrony": "collide", "number": "count", "which": "order"}
@@ -337,6 +341,39 @@ def test_every_stage_trains_its_parts_and_the_next_begins_with_them(tmp_path, st
     assert [results[name][0]["tokens"] for name in ("spatial_pool", "frame_mlp2x_gelu")] == [8 * 16, 8 * 64]
     assert results == ablation.run_ablation(tmp_path, seeds=1, steps=1, cpu=True)  # it goes on where it was
     assert "| 128 | " in ablation.format_ablation(results)
+
+
+def test_a_batch_in_pieces_gives_the_gradient_of_the_whole(tmp_path, tokenizer, monkeypatch):
+    config = tiny(tokenizer)
+    data = WorldDataset(RowTokenizer(tokenizer, config), 7, 13, draw_row)
+    rows, gradients, losses = [data[i] for i in range(7)], [], []
+    monkeypatch.setattr(dataset, "_imitate_codec", lambda pixels: pixels)  # which is random
+    for pieces in (1, 3):
+        batch = WorldCollator(tokenizer.pad_token_id, pieces=pieces)(rows)
+        if pieces > 1:
+            lengths = [piece["input_ids"].shape[1] for piece in batch["pieces"]]
+            assert lengths == sorted(lengths) and sum(len(piece["labels"]) for piece in batch["pieces"]) == 7
+        arguments = VideoLlama2TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+        model = build_model(config)
+        trainer = WorldTrainer(model=model, args=arguments)
+        trainer.current_gradient_accumulation_steps = 1
+        count = (batch["labels"] != -100).sum()
+        losses.append(trainer.training_step(model, batch, count).item())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_stage_runs_in_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    command += ["-m", "videollama2_hf.synthetic", "train", "--output", str(tmp_path), "--stage", "text"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--steps", "2", "--batch-size", "4", "--cpu"], check=True, env=environment)
+    assert VideoLlama2ForConditionalGeneration.from_pretrained(tmp_path / "text" / "model").config.num_frames == 8
+    lines = [json.loads(line) for line in (tmp_path / "text" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2]
 
 
 @pytest.mark.parametrize("name", ["audio", "text"])

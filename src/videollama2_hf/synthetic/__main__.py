@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("--workers", type=int, default=0, help="processes that draw rows")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--cpu", action="store_true", help="leave an accelerator alone")
+    train.add_argument("--compile", action="store_true", help="compile the language model's layers (torch.compile)")
 
     evaluate = commands.add_parser("evaluate", help="print the table of held-out skills of a model")
     evaluate.add_argument("--model", required=True, help="folder of the model")
@@ -83,6 +84,7 @@ def _train(options: argparse.Namespace) -> None:
             options.workers,
             options.seed,
             options.cpu,
+            options.compile,
         )
         if not is_done:
             print(f"Stage {name} is not finished; the same command continues it.")

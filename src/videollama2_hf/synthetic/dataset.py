@@ -43,7 +43,9 @@ class RowTokenizer:
         self.tokenizer = tokenizer
         self.known: dict[str, list[int]] = {}
         video = [config.video_token_id] * config.num_visual_tokens("video")
-        audio = [config.audio_token_id] * get_num_audio_tokens(NUM_FILTER_BANK_FRAMES)
+        tower: Any = config.audio_config
+        num_audio_tokens = get_num_audio_tokens(NUM_FILTER_BANK_FRAMES, tower.num_mel_bins, tower.patch_size)
+        audio = [config.audio_token_id] * num_audio_tokens
         self.media = {
             "image": [config.image_token_id] * config.num_visual_tokens("image"),
             "video": video,
@@ -104,12 +106,24 @@ class WorldDataset(Dataset):
 class WorldCollator:
     """
     Joins rows to a batch: `input_ids`, `labels`, `attention_mask`, and `drawn`, what [`draw_media`] makes media of.
+
+    Args:
+        pieces: Rows of similar lengths come together in so many pieces of a batch, which then is `labels` and
+            `pieces`, a list of batches: less padding, where a device is as fast on smaller ones.
     """
 
-    def __init__(self, pad_token_id: int, num_frames: int = 8):
-        self.pad_token_id, self.times = pad_token_id, frame_times(num_frames)
+    def __init__(self, pad_token_id: int, num_frames: int = 8, pieces: int = 1):
+        self.pad_token_id, self.times, self.pieces = pad_token_id, frame_times(num_frames), pieces
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if self.pieces == 1:
+            return self._join(rows)
+        rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+        edges = [round(len(rows) * i / self.pieces) for i in range(self.pieces + 1)]
+        pieces = [self._join(rows[start:stop]) for start, stop in zip(edges, edges[1:]) if start < stop]
+        return {"labels": torch.cat([piece["labels"].flatten() for piece in pieces])[None], "pieces": pieces}
+
+    def _join(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ids = [row["input_ids"] for row in rows]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
@@ -135,21 +149,25 @@ def describe_media(rows: Sequence[Row], times: np.ndarray) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def draw_media(drawn: dict[str, Any], side: int = 64, imitate_codecs: bool = False) -> dict[str, torch.Tensor]:
+def draw_media(
+    drawn: dict[str, Any], side: int = 64, num_mel_bins: int = 64, imitate_codecs: bool = False
+) -> dict[str, torch.Tensor]:
     """
     Model inputs of described media on their device: `pixel_values`, `pixel_values_videos`, `input_features` and
     `input_features_mask`, as the processor makes them of files that are coded without loss.
 
     Args:
+        side: Of the pictures, in pixels.
+        num_mel_bins: Of the filter banks.
         imitate_codecs: Whether half of the pictures lose what H.264 loses: colour at half the resolution, and some
             noise. For training.
     """
     device_type = next((next(iter(parts.values())).device.type for parts in drawn.values()), "cpu")
     with torch.autocast(device_type, enabled=False):  # drawn as precisely inside a forward in bfloat16
-        return _draw(drawn, side, imitate_codecs)
+        return _draw(drawn, side, num_mel_bins, imitate_codecs)
 
 
-def _draw(drawn: dict[str, Any], side: int, imitate_codecs: bool) -> dict[str, torch.Tensor]:
+def _draw(drawn: dict[str, Any], side: int, num_mel_bins: int, imitate_codecs: bool) -> dict[str, torch.Tensor]:
     inputs = {}
     for name, key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if name in drawn:
@@ -161,7 +179,7 @@ def _draw(drawn: dict[str, Any], side: int, imitate_codecs: bool) -> dict[str, t
             pixels = _imitate_codec(pixels) if imitate_codecs else pixels
             inputs[key] = pixels if name == "video" else pixels[:, 0]
     if "sound" in drawn:
-        features = to_filter_banks(quantise(draw_sounds(drawn["sound"])))
+        features = to_filter_banks(quantise(draw_sounds(drawn["sound"])), num_mel_bins)
         inputs["input_features"] = features
         inputs["input_features_mask"] = torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
     return inputs

@@ -146,7 +146,9 @@ class Evaluator:
 
     def _draw(self, kind: str, clips: Sequence[Clip]) -> Mapping[str, torch.Tensor]:
         times = frame_times(self.model.config.num_frames)
-        return draw_media(describe_media([Row(clip, kind, ()) for clip in clips], times))
+        config = self.model.config
+        sizes = config.vision_config.image_size, config.audio_config.num_mel_bins
+        return draw_media(describe_media([Row(clip, kind, ()) for clip in clips], times), *sizes)
 
     def _open(self, kind: str, files: list[str]) -> Mapping[str, torch.Tensor]:
         processor = self.processor

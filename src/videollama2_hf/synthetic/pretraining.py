@@ -131,7 +131,7 @@ class AudioPretraining(nn.Module):
 
     def forward(self, drawn: dict[str, Any]) -> dict[str, torch.Tensor]:
         config: Any = self.tower.config
-        features = self.tower(draw_media(drawn)["input_features"]).last_hidden_state
+        features = self.tower(draw_media(drawn, num_mel_bins=config.num_mel_bins)["input_features"]).last_hidden_state
         steps = features.unflatten(1, (-1, config.num_mel_bins // config.patch_size)).mean(dim=2)
         onset, active, beeps = label_sounds(drawn["sound"], steps.shape[1], config.patch_size)
         # Mostly nothing begins, which counts less.

@@ -189,19 +189,20 @@ def _synthesise(name: str, t: torch.Tensor, pitch: torch.Tensor, noise: torch.Te
     return fade * torch.sin(phase)
 
 
-def to_filter_banks(waveforms: torch.Tensor) -> torch.Tensor:
+def to_filter_banks(waveforms: torch.Tensor, num_mel_bins: int) -> torch.Tensor:
     """
     The feature extractor's filter banks of many waveforms at once, on their device: (clips, 64000) -> float32
-    (clips, 398, 128). Frames of one waveform behind the other are those of each alone, but for two across the seam.
+    (clips, 398, num_mel_bins). Frames of one waveform behind the other are those of each alone, but for two across the
+    seam.
     """
     from torchaudio.compliance import kaldi
 
     steps = waveforms.shape[1] // (SAMPLING_RATE // 100)
     pieces = []
     for piece in waveforms.split(len(waveforms) if waveforms.is_cuda else 16):  # what a processor's cache holds
-        features = kaldi.fbank(piece.reshape(1, -1) * 2**15, num_mel_bins=128, sample_frequency=SAMPLING_RATE)
+        features = kaldi.fbank(piece.reshape(1, -1) * 2**15, num_mel_bins=num_mel_bins, sample_frequency=SAMPLING_RATE)
         features = torch.nn.functional.pad(features, (0, 0, 0, len(piece) * steps - len(features)))
-        pieces.append(features.view(len(piece), steps, 128)[:, : steps - 2])
+        pieces.append(features.view(len(piece), steps, num_mel_bins)[:, : steps - 2])
     return torch.cat(pieces)
 
 

@@ -6,6 +6,7 @@ from what the stages before it wrote: `python -m videollama2_hf.synthetic train 
 """
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -74,27 +75,31 @@ def run_stage(
     num_workers: int = 0,
     seed: int = 0,
     cpu: bool = False,
+    compile_layers: bool = False,
 ) -> bool:
     """
-    Runs or continues one stage.
+    Runs or continues one stage, under `torchrun` in several processes.
 
     Args:
         name: One of `STAGES`.
         output_dir: Folder of all stages; this one writes `output_dir/name`, at the end the model into `model` there.
         steps, batch_size: In place of the stage's own; the schedule follows from them, so a stage that is continued
-            needs the same.
+            needs the same. The batch is that of all processes together.
         minutes: Stop after so many minutes with a checkpoint to continue from.
         num_workers: Processes that draw rows.
         cpu: Whether to leave an accelerator alone.
+        compile_layers: Whether `torch.compile` makes towers, connector and language model faster; on a CPU this needs
+            a C++ compiler.
 
     Returns:
         Whether the stage is finished.
 
     Raises:
-        ValueError: There is no stage of that name.
+        ValueError: There is no stage of that name, or the processes cannot share the batch evenly.
         FileNotFoundError: A stage before this one is not finished.
     """
     import torch
+    from accelerate.utils import broadcast_object_list
     from transformers import TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -106,6 +111,9 @@ def run_stage(
         return True
     steps, batch_size = steps or stage.steps, batch_size or stage.batch_size
     on_cpu = cpu or not torch.cuda.is_available()
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % num_processes:
+        raise ValueError(f"{num_processes} processes cannot share a batch of {batch_size} rows; choose a multiple.")
     torch.manual_seed(seed)
 
     class Clock(TrainerCallback):
@@ -117,11 +125,15 @@ def run_stage(
         def on_step_end(self, args, state, control, **kwargs):
             now = time.monotonic()
             is_over = minutes is not None and now - self.started > 60 * minutes
-            if is_over or now - self.saved > _SAVE_SECONDS:
+            # All processes do what the first one's clock says.
+            saves, is_over = broadcast_object_list([is_over or now - self.saved > _SAVE_SECONDS, is_over])
+            if saves:
                 self.saved, control.should_save = now, True
             control.should_training_stop = control.should_training_stop or is_over
 
         def on_log(self, args, state, control, logs=None, **kwargs):
+            if not state.is_world_process_zero:
+                return
             line = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 1), **(logs or {})}
             with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -129,7 +141,7 @@ def run_stage(
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
+        "per_device_train_batch_size": batch_size // num_processes,
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": max(1, round(0.03 * steps)),
@@ -139,6 +151,7 @@ def run_stage(
         "bf16": True,
         "tf32": None if on_cpu else True,
         "use_cpu": on_cpu,
+        "ddp_backend": "gloo" if on_cpu and num_processes > 1 else None,
         "dataloader_num_workers": num_workers,
         "dataloader_persistent_workers": num_workers > 0,
         "dataloader_pin_memory": False,
@@ -151,22 +164,29 @@ def run_stage(
         "seed": seed,
     }
     folder.mkdir(parents=True, exist_ok=True)
+    with TrainingArguments(**options).main_process_first(local=False):
+        _write_untrained(root)
     if name in ("vision", "audio"):
         trainer = _tower_trainer(name, root, steps * batch_size, seed, TrainingArguments(**options), Clock())
     else:
         trainer = _model_trainer(name, root, steps * batch_size, seed, options, Clock())
+        if compile_layers:
+            parts = trainer.model.model
+            for layer in [*parts.vision_tower.encoder.layers, *parts.language_model.layers]:
+                layer.compile(dynamic=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     if trainer.state.global_step < steps:
         return False
-    _, processor = load_before(name, root)
-    if name in ("vision", "audio"):
-        model, _ = load_before(name, root)
-        tower = getattr(model.model, f"{name}_tower")
-        tower.load_state_dict(trainer.model.tower.state_dict())
-    else:
-        model = trainer.model
-    processor.save_pretrained(str(folder / MODEL_FOLDER))
-    model.save_pretrained(str(folder / MODEL_FOLDER))
+    if trainer.is_world_process_zero():
+        model, processor = load_before(name, root)
+        if name in ("vision", "audio"):
+            tower = getattr(model.model, f"{name}_tower")
+            tower.load_state_dict(trainer.model.tower.state_dict())
+        else:
+            model = trainer.model
+        processor.save_pretrained(str(folder / MODEL_FOLDER))
+        model.save_pretrained(str(folder / MODEL_FOLDER))
+    trainer.accelerator.wait_for_everyone()
     return True
 
 
@@ -182,7 +202,6 @@ def load_before(name: str, root: Path) -> tuple[Any, Any]:
 
     from ..modeling_videollama2 import VideoLlama2ForConditionalGeneration
     from ..processing_videollama2 import VideoLlama2Processor
-    from .small_model import save_untrained
 
     def load(folder: str) -> Any:
         path = root / folder if folder == "untrained" else root / folder / MODEL_FOLDER
@@ -190,14 +209,8 @@ def load_before(name: str, root: Path) -> tuple[Any, Any]:
             raise FileNotFoundError(f"{path} is missing: stage {name} follows stage {folder}; run that one first.")
         return VideoLlama2ForConditionalGeneration.from_pretrained(str(path), dtype=torch.float32)
 
-    untrained = root / "untrained"
-    if not untrained.is_dir():  # in one move, for stages that start side by side
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as folder:
-            save_untrained(f"{folder}/untrained")
-            with suppress(OSError):
-                (Path(folder) / "untrained").rename(untrained)
-    processor = VideoLlama2Processor.from_pretrained(str(untrained))
+    _write_untrained(root)
+    processor = VideoLlama2Processor.from_pretrained(str(root / "untrained"))
     if name in ("vision", "audio", "text"):
         return load("untrained"), processor
     if name == "1":
@@ -207,6 +220,18 @@ def load_before(name: str, root: Path) -> tuple[Any, Any]:
             getattr(model.model, f"{part}_tower").load_state_dict(tower.state_dict())
         return model, processor
     return load(str(int(name) - 1)), processor
+
+
+def _write_untrained(root: Path) -> None:
+    from .small_model import save_untrained
+
+    untrained = root / "untrained"
+    if not untrained.is_dir():  # in one move, for stages that start side by side
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            save_untrained(f"{folder}/untrained")
+            with suppress(OSError):
+                (Path(folder) / "untrained").rename(untrained)
 
 
 def _tower_trainer(name: str, root: Path, num_clips: int, seed: int, arguments: Any, clock: Any) -> Any:
@@ -251,7 +276,10 @@ def _model_trainer(name: str, root: Path, num_rows: int, seed: int, options: dic
         model=model,
         args=VideoLlama2TrainingArguments(**options, connector_learning_rate=stage.connector_learning_rate),
         train_dataset=data,
-        data_collator=WorldCollator(processor.tokenizer.pad_token_id, model.config.num_frames),
+        # A CPU is as fast on a few rows as on many, so it need not pad them to the longest.
+        data_collator=WorldCollator(
+            processor.tokenizer.pad_token_id, model.config.num_frames, pieces=4 if options["use_cpu"] else 1
+        ),
         callbacks=[clock],
     )
 

@@ -32,12 +32,21 @@ class MetricsTrainer(Trainer):
 
 
 class WorldTrainer(VideoLlama2Trainer):
-    """A [`VideoLlama2Trainer`] for batches of `WorldCollator`."""
+    """A [`VideoLlama2Trainer`] for batches of `WorldCollator`, in one or in several pieces."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        if "pieces" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        *first, last = inputs["pieces"]
+        with self.accelerator.no_sync(model):
+            losses = [super(WorldTrainer, self).training_step(model, piece, num_items_in_batch) for piece in first]
+        return sum(losses, super().training_step(model, last, num_items_in_batch))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = dict(inputs)
-        side = model.config.vision_config.image_size
-        inputs |= draw_media(inputs.pop("drawn"), side, imitate_codecs=model.training)
+        config = self.model.config
+        sizes = config.vision_config.image_size, config.audio_config.num_mel_bins
+        inputs |= draw_media(inputs.pop("drawn"), *sizes, imitate_codecs=model.training)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
