@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..assets import EXAMPLE_CLIP, SMALL_MODEL
+
 
 if TYPE_CHECKING:
     from ..session import Answer, Chat, Session
@@ -58,6 +60,18 @@ def make_block(
     return {"type": kind, kind: source} | {name: value for name, value in options.items() if value is not None}
 
 
+def introduce_small_model(media: list[str]) -> str:
+    """Says who will answer when no model is named, and returns its folder."""
+    about = " about the clip it comes with" if media == [str(EXAMPLE_CLIP)] else ""
+    typer.secho(
+        f"No --model given: the small model of 10 million parameters answers{about}. It knows nothing but coloured "
+        "shapes and simple sounds; for the real world name a checkpoint, such as --model FOLDER.",
+        dim=True,
+        err=True,
+    )
+    return str(SMALL_MODEL)
+
+
 def load_session(model: str, revision: str | None, dtype: str | None) -> "Session":
     """The model, with what its loading prints kept off the screen."""
     from transformers.utils import logging
@@ -87,7 +101,7 @@ def say(chat: "Chat", question: str, blocks: list[dict[str, Any]], max_new_token
 
 
 def ask(
-    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    question: Annotated[str, typer.Argument(help="What you want to know.")] = "What do you see and hear?",
     media: Annotated[
         list[str] | None, typer.Argument(help="Videos, images, sounds, folders of frames, or URLs of them.")
     ] = None,
@@ -104,17 +118,22 @@ def ask(
     """
     Ask one question about videos with their sound, images and sounds.
 
+    Without `--model` the small model answers that comes with this package. It knows a world of coloured shapes that
+    move, and sounds; without media it is asked about a clip of that world.
+
     **Examples**
 
+        videollama2 ask "What moves, and in which direction?"
         videollama2 ask "Who is playing?" concert.mp4 --model converted
         videollama2 ask "What is said to happen?" talk.mp4 --start 60 --end 90 --frames 32 --model converted
         videollama2 ask "Which of the two is louder?" a.wav b.wav --json --model converted
     """
-    blocks = [make_block(source, start, end, frames, not no_audio) for source in media or []]
-    session = load_session(check_model(model), revision, dtype)
+    media = media or ([] if model else [str(EXAMPLE_CLIP)])
+    blocks = [make_block(source, start, end, frames, not no_audio) for source in media]
+    session = load_session(model or introduce_small_model(media), revision, dtype)
     if as_json:
         answer = session.ask(question, *blocks, max_new_tokens=max_new_tokens)
-        record = {"question": question, "media": media or [], "model": model, **asdict(answer)}
+        record = {"question": question, "media": media, "model": model or str(SMALL_MODEL), **asdict(answer)}
         typer.echo(json.dumps(record, ensure_ascii=False))
         return
     answer = say(session.chat(), question, blocks, max_new_tokens)
@@ -142,7 +161,7 @@ def chat(
         videollama2 chat holiday.mp4 --model converted
     """
     pending = [make_block(source, num_frames=frames, hears=not no_audio) for source in media or []]
-    session = load_session(check_model(model), revision, dtype)
+    session = load_session(model or introduce_small_model(media or []), revision, dtype)
     conversation = session.chat()
     while True:
         try:
