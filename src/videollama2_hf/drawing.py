@@ -61,8 +61,8 @@ def draw_image(axis: "Axes", picture: np.ndarray, heat: np.ndarray | None = None
     height, width = picture.shape[:2]
     axis.imshow(picture, extent=(0, width, 0, height))
     if heat is not None:
-        _draw_heat(axis, heat, abs(heat).max(), (0, extent * width, (1 - extent) * height, height))
-    axis.set(xlim=(0, width), ylim=(0, height))
+        _draw_heat(axis, to_colours(heat), (0, extent * width, (1 - extent) * height, height))
+    axis.set(xlim=(0, width), ylim=(0, height), aspect="equal")
     axis.set_anchor("W")
     axis.set_axis_off()
 
@@ -84,19 +84,19 @@ def draw_frames(
         pictures: (frames, height, width, 3) in [0, 1].
         times, end, is_seconds: What [`frame_times`] gives.
         start: Where the line of time begins.
-        heat: (frames, rows, columns); the strongest is opaque.
+        heat: (frames, rows, columns); see [`to_colours`].
         extent: Which part of a picture's height and width the heat covers, from its upper left corner.
     """
     from matplotlib.ticker import MaxNLocator
 
     number, (height, width) = len(pictures), pictures.shape[1:3]
+    colours = None if heat is None else to_colours(heat)
     tall, span = height / width, max(end - start, 1e-9)
     for place, (picture, time) in enumerate(zip(pictures, times)):
         left, right, top = place + 0.03, place + 0.97, 0.94 * tall
         axis.imshow(picture, extent=(left, right, 0, top), aspect="auto")
-        if heat is not None:
-            covered = (left, left + extent * (right - left), (1 - extent) * top, top)
-            _draw_heat(axis, heat[place], abs(heat).max(), covered)
+        if colours is not None:
+            _draw_heat(axis, colours[place], (left, left + extent * (right - left), (1 - extent) * top, top))
         on_line = (time - start) / span * number
         axis.plot([place + 0.5, on_line], [0, -0.35 * tall], color="0.6", linewidth=0.8)
         axis.plot(on_line, -0.35 * tall, "o", color="C3", markersize=3)
@@ -124,7 +124,7 @@ def draw_filter_banks(
     Args:
         seconds: How long they are.
         label: What the axis of time means.
-        heat: (steps, bands); the strongest is opaque.
+        heat: (steps, bands); see [`to_colours`].
         extent: Which part of the seconds the heat covers, from the first on.
     """
     values = features.T
@@ -133,30 +133,38 @@ def draw_filter_banks(
         origin="lower",
         aspect="auto",
         extent=(start, start + seconds, 0, len(values)),
-        cmap="magma",
+        cmap="magma" if heat is None else "gray",
         vmin=SILENCE,
         vmax=max(float(values.max()), 0.0),
     )
     if heat is not None:
-        covered = (start, start + extent * seconds, 0, len(values))
-        _draw_heat(axis, heat.T[::-1], abs(heat).max(), covered, aspect="auto")
+        _draw_heat(axis, to_colours(heat.T[::-1]), (start, start + extent * seconds, 0, len(values)))
     axis.set(xlabel=label, ylabel="mel bin", xlim=(start, start + seconds), ylim=(0, len(values)))
     axis.figure.colorbar(image, ax=axis, pad=0.01, label="log energy")
 
 
-def to_colours(heat: np.ndarray, strongest: float) -> np.ndarray:
+def to_colours(heat: np.ndarray) -> np.ndarray:
     """
-    A map (rows, columns) as uint8 (rows, columns, 4) to lay over a picture: orange where positive, blue where
-    negative, the more opaque the stronger; nothing where 0.
+    A map of any shape as uint8 (*shape, 4), colours to lay over a picture.
+
+    Of a map that is nowhere negative (attention), orange is what has more than an even share: the fuller, the more,
+    and full at the strongest place, or at twice the even share where none has as much. Of any other map, orange is
+    positive and blue negative, full at the strongest place.
     """
+    strength = abs(heat)
+    if heat.min() >= 0 and heat.max() > 0:
+        strength = (heat / heat.mean() - 1).clip(0)
+        strength /= max(strength.max(), 1.0)
+    elif heat.any():
+        strength = strength / strength.max()
     colours = np.zeros((*heat.shape, 4), np.uint8)
-    colours[..., :3] = np.where(heat[..., None] >= 0, (255, 106, 0), (0, 132, 255))
-    colours[..., 3] = np.round(220 * np.clip(abs(heat) / (strongest or 1.0), 0, 1))
+    colours[..., :3] = np.where(heat[..., None] >= 0, (255, 98, 0), (0, 132, 255))
+    colours[..., 3] = np.round(190 * strength)
     return colours
 
 
-def _draw_heat(axis: "Axes", heat: np.ndarray, strongest: float, extent: tuple, aspect: str = "auto") -> None:
-    axis.imshow(to_colours(heat, strongest), extent=extent, aspect=aspect, interpolation="nearest")
+def _draw_heat(axis: "Axes", colours: np.ndarray, extent: tuple[float, float, float, float]) -> None:
+    axis.imshow(colours, extent=extent, aspect="auto", interpolation="nearest")
 
 
 __all__ = [

@@ -233,9 +233,9 @@ class HeardSound:
             moved += overlap.clamp(min=0) / self.step_seconds
         return torch.einsum("wsb,sc->wcb", self.maps, moved)
 
-    def is_whole(self) -> bool:
-        """Whether the window is the sound as it is: from its beginning to its end, or to the end of the window."""
-        return len(self.parts) == 1 and self.parts[0].start == self.start and self.parts[0].at == 0
+    def fills_window(self) -> bool:
+        """Whether the window is the sound as it is: one part of it, and no silence behind."""
+        return len(self.parts) == 1 and self.parts[0].end - self.parts[0].start >= self.seconds - self.step_seconds
 
 
 def hear_sound(
