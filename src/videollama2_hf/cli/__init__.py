@@ -16,6 +16,7 @@ from .convert import convert
 from .evaluate import evaluate
 from .serve import serve
 from .train import train
+from .web import web
 
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command()(chat)
 app.command()(caption)
 app.command()(convert)
 app.command()(train)
+app.command()(web)
 app.command()(serve)
 app.command("eval")(evaluate)
 app.add_typer(data.app, name="data")
