@@ -7,8 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from golden_utils import GOLDENS
 from tiny_models import FAMILIES, make_config, make_model
 from videollama2_hf import VideoLlama2ForConditionalGeneration, VideoLlama2Model, get_num_audio_tokens
+from videollama2_hf import connector_videollama2 as connector
 
 
 FRAMES = {"video": 4, "long": 6}
@@ -169,6 +171,27 @@ def test_tower_stops_at_the_selected_layer(model, monkeypatch):
     monkeypatch.setattr(last, "forward", lambda *a, **k: pytest.fail("a layer behind the selected one ran"))
     with torch.no_grad():
         model.get_image_features(torch.randn(1, 3, 28, 28))
+
+
+@pytest.mark.parametrize("name", ["stc_connector_v35", "stp_connector", "video_llava"])
+def test_long_videos_pass_in_pieces(name, monkeypatch):
+    if name == "video_llava":  # attention over eight frames, which stay together
+        model = VideoLlama2ForConditionalGeneration.from_pretrained(GOLDENS / name / "tiny-video-llava-7b").eval()
+    else:
+        model = make_model(connector_type=name)
+    tower = model.model.video_tower or model.model.vision_tower
+    window = tower.config.num_frames if getattr(tower.config, "add_time_attn", False) else 1
+    videos = torch.randn(2, 5 * window, 3, 28, 28)
+    seen = []
+    tower.embeddings.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    whole = model.get_video_features(videos).pooler_output.detach()
+    assert seen == [10 * window]  # gradients are recorded
+
+    monkeypatch.setattr(connector, "FRAMES_AT_ONCE", 4 * window)
+    with torch.no_grad():
+        pieces = model.get_video_features(videos).pooler_output
+    assert seen[1:] == [4 * window, 4 * window, 2 * window]
+    torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 0, 2])

@@ -16,6 +16,27 @@ from torch import nn
 from .configuration_videollama2 import CONNECTOR_SAMPLERS, VideoLlama2Config
 
 
+# How many frames pass a tower or a stage of convolutions at once, without gradients.
+FRAMES_AT_ONCE = 64
+
+
+def split_frames(frames: torch.Tensor, module: nn.Module, window: int = 1) -> tuple[torch.Tensor, ...]:
+    """
+    Frames in pieces that pass a module one after the other, so that its memory does not grow with a video's length.
+
+    They stay in one piece where gradients are recorded, in graphs that are compiled, and where the module's weights
+    are sharded: then all processes must run it equally often.
+
+    Args:
+        frames: (frames, ...).
+        window: Frames that belong together; every piece but the last has a multiple of it.
+    """
+    is_sharded = any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in module.parameters())
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_sharded:
+        return (frames,)
+    return frames.split(max(1, FRAMES_AT_ONCE // window) * window)
+
+
 def _build_mlp(depth: int, in_features: int, out_features: int) -> list[nn.Module]:
     layers: list[nn.Module] = [nn.Linear(in_features, out_features)]
     for _ in range(depth - 1):
@@ -73,7 +94,8 @@ class STCConnector(nn.Module):
     def _run_stage(self, stage: nn.Module, frames: torch.Tensor) -> torch.Tensor:
         if self.gradient_checkpointing and self._gradient_checkpointing_func is not None and self.training:
             return self._gradient_checkpointing_func(stage.__call__, frames)
-        return stage(frames)
+        pieces = split_frames(frames, stage)
+        return stage(frames) if len(pieces) == 1 else torch.cat([stage(piece) for piece in pieces])
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(videos, frames, patches, width) -> (videos, tokens, hidden_size)"""
@@ -137,4 +159,4 @@ def build_audio_connector(config: VideoLlama2Config) -> nn.Module:
     return nn.Sequential(*_build_mlp(2, in_features, hidden_size))
 
 
-__all__ = ["STCConnector", "build_audio_connector", "build_connector"]
+__all__ = ["STCConnector", "build_audio_connector", "build_connector", "split_frames"]

@@ -23,7 +23,7 @@ from .checkpoint_videollama2 import (
     is_video_llava_checkpoint,
 )
 from .configuration_videollama2 import VideoLlama2Config
-from .connector_videollama2 import build_audio_connector, build_connector
+from .connector_videollama2 import build_audio_connector, build_connector, split_frames
 from .generation_videollama2 import (
     MODALITIES,
     MODEL_INPUTS,
@@ -175,6 +175,17 @@ def _build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
+def _run_tower(tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int) -> torch.Tensor:
+    """What a layer of a vision tower gives, counted as in its `hidden_states`; no layer behind it runs."""
+    hidden_states = tower.embeddings(pixel_values)
+    if hasattr(tower, "pre_layrnorm"):
+        hidden_states = tower.pre_layrnorm(hidden_states)
+    layers = tower.encoder.layers
+    for encoder_layer in layers[: layer if layer >= 0 else len(layers) + 1 + layer]:
+        hidden_states = encoder_layer(hidden_states, attention_mask=None)
+    return hidden_states
+
+
 def _takes_part(module: nn.Module) -> bool:
     """Whether a part trains, or runs on all processes together (ZeRO-3; FSDP2, where it shards the part by itself)."""
     return any(p.requires_grad or hasattr(p, "ds_id") or hasattr(p, "placements") for p in module.parameters())
@@ -235,12 +246,9 @@ class VideoLlama2Model(VideoLlama2PreTrainedModel):
             hidden_states = outputs.hidden_states[layer]
         else:
             outputs = BaseModelOutputWithPooling()
-            layers = tower.encoder.layers
-            hidden_states = tower.embeddings(pixel_values)
-            if hasattr(tower, "pre_layrnorm"):
-                hidden_states = tower.pre_layrnorm(hidden_states)
-            for encoder_layer in layers[: layer if layer >= 0 else len(layers) + 1 + layer]:
-                hidden_states = encoder_layer(hidden_states, attention_mask=None)
+            window = tower.config.num_frames if getattr(tower.config, "add_time_attn", False) else 1
+            states = [_run_tower(tower, piece, layer) for piece in split_frames(pixel_values, tower, window)]
+            hidden_states = states[0] if len(states) == 1 else torch.cat(states)
         has_class_token = tower.config.model_type != "siglip_vision_model"
         if has_class_token and self.config.select_strategy(modality) == "default":
             hidden_states = hidden_states[:, 1:]
