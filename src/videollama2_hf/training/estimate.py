@@ -28,7 +28,7 @@ Sharding = Literal["none", "zero2", "zero3", "fsdp"]
 
 _ATTENTION = "videollama2_memory_estimate"
 # NF4 with double quantisation: 4 bits, and 0.127 for the scales of every 64 weights (QLoRA, section 3).
-_QUANTIZED_BYTES = {4: 4.127 / 8, 8: 1.0}
+QUANTIZED_BYTES = {4: 4.127 / 8, 8: 1.0}
 # The longest text of a row where the recipe does not limit it.
 _TEXT_TOKENS = 2048
 _GIB = 2**30
@@ -83,14 +83,14 @@ def _measure(recipe: Recipe, config: VideoLlama2Config) -> _Sizes:
     config = copy.deepcopy(config)
     if recipe.num_frames is not None:
         config.num_frames = recipe.num_frames
-    model = _build_on_meta(config, torch.bfloat16 if recipe.bf16 else torch.float32)
+    model = build_on_meta(config, torch.bfloat16 if recipe.bf16 else torch.float32)
     trainable, frozen, quantized = _count(model, recipe)
     itemsize = model.dtype.itemsize
     bits = recipe.lora.quantize if recipe.lora is not None else None
     return _Sizes(
         trainable=trainable,
         total=trainable + frozen + quantized,
-        frozen_bytes=frozen * itemsize + quantized * (_QUANTIZED_BYTES[bits] if bits else itemsize),
+        frozen_bytes=frozen * itemsize + quantized * (QUANTIZED_BYTES[bits] if bits else itemsize),
         largest_layer=max(_size(layer) for layer in model.model.language_model.layers),
         activations=recipe.per_device_batch_size * _count_activations(model, recipe),
         itemsize=itemsize,
@@ -149,12 +149,15 @@ def describe_memory(recipe: Recipe, config: VideoLlama2Config | None = None) -> 
     return "\n".join(lines)
 
 
-def _build_on_meta(config: VideoLlama2Config, dtype: torch.dtype) -> VideoLlama2ForConditionalGeneration:
+def build_on_meta(config: VideoLlama2Config, dtype: torch.dtype) -> VideoLlama2ForConditionalGeneration:
+    """A model without weights whose attention keeps what flash attention keeps, not all scores."""
     AttentionInterface.register(_ATTENTION, _attend)
     with torch.device("meta"):
         model = VideoLlama2ForConditionalGeneration(config).to(dtype)
-    for part in (model.model.language_model, model.model.audio_tower):
-        if part is not None:
+    base = model.model
+    for part in (base.language_model, base.vision_tower, base.video_tower, base.audio_tower):
+        # A language model that has no other attention than the eager one (Gemma 2) does hold all scores.
+        if part is not None and part.config._attn_implementation != "eager":
             part.config._attn_implementation = _ATTENTION
     return model
 
@@ -299,4 +302,4 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-__all__ = ["MemoryEstimate", "describe_memory", "estimate_memory"]
+__all__ = ["QUANTIZED_BYTES", "MemoryEstimate", "build_on_meta", "describe_memory", "estimate_memory"]
