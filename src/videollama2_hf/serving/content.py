@@ -64,12 +64,14 @@ _PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "audio_url": ("audio", "url", ("start", "end")),
     "input_audio": ("audio", "data", ("start", "end")),
 }
+# Pillow knows more; some of it runs other programs (PostScript).
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MAX_PIXELS = 64_000_000  # of an image or a frame; 8k video has 33 million
 
 
-def check_fields(body: dict[str, Any], model: str, limits: Limits) -> None:
+def check_fields(body: dict[str, Any], model: str, limits: Limits) -> dict[str, Any]:
     """
-    Refuses fields that this server does not know, cannot do, or that are out of range.
+    The fields of a request that say something about its answer, all known and within their range.
 
     Raises:
         RequestError: Names the field and what is allowed.
@@ -104,6 +106,7 @@ def check_fields(body: dict[str, Any], model: str, limits: Limits) -> None:
             raise RequestError(
                 f"{name} must be an integer from 1 to {limits.max_new_tokens}, got {_show(value)}.", param=name
             )
+    return {name: value for name, value in given.items() if name in _FIELDS}
 
 
 def read_messages(
@@ -194,7 +197,9 @@ def _read_part(
         allowed = ", ".join((key, *names))
         raise RequestError(f"{kind} takes {allowed}, of which {key} is a string; got {', '.join(map(_show, fields))}.")
     if medium == "video":
-        options = {**defaults, **options}
+        says_frames = "num_frames" in options or "fps" in options
+        frames = ("num_frames", "fps") if says_frames else ()
+        options = {**{name: value for name, value in defaults.items() if name not in frames}, **options}
     hears = options.get("load_audio_from_video", True)
     check_clip_options(**{name: value for name, value in options.items() if name != "load_audio_from_video"})
     if options.get("num_frames", 1) > limits.max_frames:
@@ -231,11 +236,13 @@ def _fetch(
 def _check_image(content: bytes) -> None:
     """Refuses an image of more pixels than any camera takes; whether it is one, its decoder says."""
     try:
-        width, height = Image.open(io.BytesIO(content)).size
+        width, height = Image.open(io.BytesIO(content), formats=_IMAGE_FORMATS).size
     except Image.DecompressionBombError:
         width = height = _MAX_PIXELS
     except (OSError, SyntaxError) as error:
-        raise RequestError(f"The image of {len(content)} bytes is not one that Pillow can read.") from error
+        raise RequestError(
+            f"The image of {len(content)} bytes is none that this server reads ({', '.join(_IMAGE_FORMATS)})."
+        ) from error
     _check_pixels(width, height)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import logging
 import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -11,6 +12,8 @@ from .errors import RequestError
 from .handler import STOP
 from .limits import Limits
 
+
+logger = logging.getLogger("uvicorn.error")  # where the server's own messages go
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -163,8 +166,8 @@ class Gate:
                 if not has_turn:
                     answer.cancel()
             await asyncio.wait({answer})  # until then the model is busy
-            if not answer.cancelled():
-                answer.result()
+            if not answer.cancelled() and answer.exception() is not None:  # the client has been told already
+                logger.error("A request failed.", exc_info=answer.exception())
         finally:
             stop.set()
             gone.cancel()

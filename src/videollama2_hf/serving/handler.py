@@ -8,6 +8,7 @@ every video, reads media while all other connections wait, and drops what it doe
 
 import asyncio
 import json
+import logging
 import re
 import threading
 from collections.abc import AsyncIterator, Collection
@@ -25,6 +26,7 @@ from .errors import RequestError
 from .limits import Limits
 
 
+logger = logging.getLogger("uvicorn.error")
 # Set when nobody waits for the answer to the request any more; the gate puts one there for every request.
 STOP: ContextVar[threading.Event] = ContextVar("STOP")
 _STREAM_ERROR = re.compile(r'data: \{"error": "(.*)"\}\n\n\Z', flags=re.DOTALL)
@@ -64,7 +66,7 @@ class ChatHandler(ChatCompletionHandler):
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         """The response to a request, streamed or whole; a `RequestError` where it is refused."""
         stop = STOP.get()
-        check_fields(body, self.name, self.limits)
+        body = check_fields(body, self.name, self.limits)
         inputs = await asyncio.to_thread(self._read, body, stop)
         arguments = {
             "request_id": request_id,
@@ -125,7 +127,8 @@ async def finish_stream(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
     async for chunk in chunks:
         broken = _STREAM_ERROR.search(chunk)
         if broken is not None:
-            error = RequestError(f"The model failed: {broken[1]}", status=500).to_dict()
+            logger.error("The model failed: %s", broken[1])
+            error = RequestError("The server failed; its log says why.", status=500).to_dict()
             chunk = f"{chunk[: broken.start()]}data: {json.dumps(error)}\n\n"
         yield chunk
     yield "data: [DONE]\n\n"

@@ -66,7 +66,7 @@ async def _respond(request: Request, error: Exception) -> JSONResponse:
     elif isinstance(error, HTTPException):
         error = RequestError(str(error.detail), status=error.status_code)
     elif not isinstance(error, RequestError):
-        error = RequestError("The server failed; its log says why.", status=500)  # uvicorn logs the traceback
+        error = RequestError("The server failed; its log says why.", status=500)  # the gate logs the traceback
     return JSONResponse(error.to_dict(), status_code=error.status, headers=error.headers)
 
 
@@ -135,7 +135,7 @@ def serve(
         raise ValueError("The API key must be printable ASCII, and not empty.")
     opened = open_socket(host, port)
     try:
-        name = Path(model).resolve().name if os.path.isdir(model) else str(model)
+        name = Path(os.path.abspath(model)).name if os.path.isdir(model) else str(model)
         gate = build_app(
             Session.from_pretrained(model, revision=revision, dtype=dtype), name, limits, api_key, allowed_hosts
         )
