@@ -57,13 +57,8 @@ class MediumInformation:
         size = "" if self.size is None else f", {format_bytes(self.size)}"
         lines = [f"{self.name}: {self.kind} ({self.format}{size})", ""]
         for stream in self.streams:
-            values = {
-                name: value for name, value in stream.items() if name not in ("type", "codec", "width", "height")
-            }
-            if "width" in stream:
-                values = {"size": f"{stream['width']} x {stream['height']}", **values}
-            listed = ", ".join(f"{name.replace('_', ' ')} {_round(value)}" for name, value in values.items())
-            lines.append(f"{stream['type']}: {stream['codec']}, {listed}")
+            values = [text.format(stream[name]) for name, text in _IN_WORDS.items() if name in stream]
+            lines.append(f"{stream['type']}: {', '.join(values)}")
         if self.kind == "video" and not any(stream["type"] == "audio" for stream in self.streams):
             lines.append("no sound")
         if self.taken:

@@ -15,6 +15,7 @@ from .caption import caption
 from .convert import convert
 from .evaluate import evaluate
 from .serve import serve
+from .info import info
 from .train import train
 from .web import web
 
@@ -35,6 +36,7 @@ app.command()(train)
 app.command()(web)
 app.command()(serve)
 app.command("eval")(evaluate)
+app.command()(info)
 app.add_typer(data.app, name="data")
 
 
