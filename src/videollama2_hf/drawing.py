@@ -3,6 +3,7 @@ Media as they enter the model, drawn with matplotlib: images, the frames of vide
 banks of sounds, each with or without a map of heat over it.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SILENCE = -16.0  # the logarithm of the smallest energy that `kaldi.fbank` takes
+# A filter bank of silence: the logarithm of the smallest energy that `kaldi.fbank` takes.
+SILENCE = math.log(torch.finfo(torch.float32).eps)
 
 
 def make_figure(heights: list[float]) -> "tuple[Figure, list[Axes]]":

@@ -5,7 +5,7 @@ Two ways of asking, which answer different questions; neither says why the model
 
 - `"attention"`: how much the language model's attention read from each token when it chose the word.
 - `"gradient"`: how much the word's log-probability changes, to first order, as each part of the pictures and of the
-  sound is raised from nothing (the mean colour, the mean energy) to what it is: input times gradient.
+  sound is raised from nothing (the mean colour, silence) to what it is: input times gradient.
 """
 
 import os
@@ -18,24 +18,21 @@ import torch
 from transformers import DynamicCache
 
 from .drawing import (
+    SILENCE,
     draw_filter_banks,
     draw_frames,
     draw_image,
-    frame_times,
     make_figure,
-    to_pictures,
 )
-from .messages_videollama2 import prepare_messages
 from .modeling_videollama2 import VideoLlama2ForConditionalGeneration
 from .session import Answer, EncodedMedia, Session
-from .token_places import HeardSound, SeenFrames, hear_sound, see_frames
+from .token_places import INPUT_NAMES, HeardSound, SeenFrames, describe_media
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Method = Literal["attention", "gradient"]
-_INPUTS = ("pixel_values", "pixel_values_videos", "input_features")
 _BLOCK = 32  # words' tokens whose attention is held at a time
 
 
@@ -122,7 +119,7 @@ class Explanation:
     def describe_total(self, word: int, medium: int) -> str:
         """`12.3 %` of the attention, or `+0.42`; of a medium, or of the text behind the last of them."""
         value = float(self.totals[word, medium])
-        return f"{100 * value:.1f} %" if self.method == "attention" else f"{value:+.2f}"
+        return f"{100 * value:.1f} %" if self.method == "attention" else f"{value:+.2f}".replace("-0.00", "0.00")
 
     def to_html(self) -> str:
         """One page that needs nothing else: no network, no file beside it, and no JavaScript."""
@@ -185,7 +182,7 @@ def explain(
     if not answer.token_ids:
         raise ValueError("The answer is empty, so there is nothing to explain. Pass an `answer`.")
 
-    seen = list(_describe_media(session, messages, inputs))
+    seen = list(describe_media(model.config, processor, messages, inputs))
     words = _split_words(processor.tokenizer, answer.token_ids, len(prompt_ids))
     text = [
         word
@@ -193,7 +190,7 @@ def explain(
         for word in _split_words(processor.tokenizer, prompt_ids[first:last], first)
     ] + words
     ids = torch.tensor([prompt_ids + answer.token_ids], device=model.device)
-    tensors = {name: inputs[name] for name in (*_INPUTS, "input_features_mask") if name in inputs}
+    tensors = {name: inputs[name] for name in (*INPUT_NAMES, "input_features_mask") if name in inputs}
     compute = _compute_attention if method == "attention" else _compute_gradients
     weights = compute(model, ids, len(prompt_ids), words, seen, tensors, chosen)
     text_map = torch.stack([weights[:, word.positions].sum(1) for word in text], dim=1)
@@ -221,46 +218,6 @@ def _check_layers(layers: Sequence[int] | None, number: int) -> list[int]:
     if not chosen or not all(isinstance(layer, int) and -number <= layer < number for layer in chosen):
         raise ValueError(f"layers are numbers from 0 to {number - 1} (or {-number} to -1), got {chosen}.")
     return sorted({layer % number for layer in chosen})
-
-
-def _describe_media(
-    session: Session, messages: list[dict[str, Any]], inputs: dict[str, Any]
-) -> Iterator[SeenFrames | HeardSound]:
-    """The media of a prompt in the order of their tokens."""
-    model, processor = session.model, session.processor
-    ids = inputs["input_ids"][0].tolist()
-    tensors = {name: iter(inputs.get(name, ())) for name in (*_INPUTS, "video_metadata")}
-    blocks = [block for block in prepare_messages(messages)[0]["content"] if block["type"] != "text"]
-    position, numbers = 0, {"image": 0, "video": 0, "audio": 0}
-    for block, replaced in zip(blocks, inputs["text_replacement_offsets"][0], strict=True):
-        kind = block["type"]
-        numbers[kind] += 1
-        title = f"{kind} {numbers[kind]}"
-        counts = {name: replaced["replacement"].count(getattr(processor, f"{name}_token")) for name in numbers}
-        position = ids.index(getattr(processor, f"{kind}_token_id"), position)
-        if kind == "image":
-            pictures = to_pictures(next(tensors["pixel_values"])[None], processor.image_processor)
-            where = pictures, [0.0], (0.0, 0.0), False
-            yield see_frames(model.config, kind, title, position, counts[kind], *where)
-        elif kind == "video":
-            pictures = to_pictures(next(tensors["pixel_values_videos"]), processor.video_processor)
-            times, end, is_seconds = frame_times(next(tensors["video_metadata"]), len(pictures))
-            clip = block["video"]
-            part = (min(clip.start or 0.0, times[0]), max(min(clip.end or end, end), times[-1]))
-            yield see_frames(model.config, kind, title, position, counts[kind], pictures, times, part, is_seconds)
-        if kind != "image" and counts["audio"]:
-            first = position + (counts["video"] if kind == "video" else 0)
-            yield hear_sound(
-                processor.feature_extractor,
-                block[kind],
-                kind == "video",
-                f"sound of {title}" if kind == "video" else title,
-                first,
-                counts["audio"],
-                next(tensors["input_features"]).float().numpy(),
-                processor.audio_patch_size,
-            )
-        position += sum(counts.values())
 
 
 def _text_spans(media: list[SeenFrames | HeardSound], end: int) -> Iterator[tuple[int, int]]:
@@ -347,7 +304,7 @@ def _compute_gradients(
     media into their `maps`.
     """
     inputs, leaves = dict(tensors), {}
-    for name in _INPUTS:
+    for name in INPUT_NAMES:
         if name in tensors:
             leaves[name] = [item.detach().clone().requires_grad_() for item in tensors[name]]
             is_tensor = isinstance(tensors[name], torch.Tensor)
@@ -403,7 +360,9 @@ def _multiply(
     config: Any = model.config.audio_config
     # BEATs scales the gradient that enters each of its layers down, also where nothing trains.
     scale = config.layer_wise_gradient_decay_ratio**config.num_hidden_layers
-    return (gradient * (values - config.mel_mean)).float().cpu() / scale
+    # From silence, not from the mean energy: BEATs normalises every patch, so that patches which are scaled about the
+    # mean are the same to it, and that product is nothing everywhere.
+    return (gradient * (values - SILENCE)).float().cpu() / scale
 
 
 __all__ = ["Explanation", "Method", "Word", "explain"]

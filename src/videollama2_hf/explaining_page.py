@@ -19,20 +19,18 @@ from .token_places import HeardSound, SeenFrames
 
 
 STYLE = """
-:root { color-scheme: light; --ink: #1c1e21; --soft: #5c6066; --line: #d8dade; --accent: #c2410c; }
+:root { color-scheme: light; --ink: #1c1e21; --soft: #5c6066; --line: #d8dade; --accent: #c2410c; background: #fff; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
-  background: #fff; }
-h1 { font-size: 1.4rem; margin: 0 0 .5rem; } h2 { font-size: 1.05rem; margin: 0; }
-p { margin: .4rem 0; } .soft, figcaption, .ticks { color: var(--soft); font-size: .8rem; }
+body { margin: 0 auto; max-width: 1180px; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); }
+h1 { font-size: 1.4rem; margin: 0 0 .5rem; } h2 { font-size: 1.05rem; margin: 0; } p { margin: .4rem 0; }
+.soft, figcaption, .ticks { color: var(--soft); font-size: .8rem; }
 .word { position: absolute; opacity: 0; pointer-events: none; }
 .words { position: sticky; top: 0; z-index: 2; background: #fff; padding: .5rem 0; max-height: 35vh; overflow-y: auto;
   border-bottom: 1px solid var(--line); }
 .words label { display: inline-block; padding: .15rem .45rem; margin: .12rem; border: 1px solid var(--line);
   border-radius: .45rem; cursor: pointer; overflow-wrap: anywhere; }
 .total { display: none; }
-.total div { display: grid; grid-template-columns: 8.5rem 4rem 1fr; gap: .5rem; align-items: center;
-  font-size: .9rem; }
+.total div { display: grid; grid-template-columns: 8.5rem 4rem 1fr; gap: .5rem; align-items: center; }
 .total b { font-weight: 400; text-align: right; } .total i { height: .7rem; background: var(--accent); }
 .total i.less { background: #0084ff; }
 section { border-top: 1px solid var(--line); margin-top: 1rem; padding-top: .8rem; }
@@ -70,11 +68,12 @@ for (const label of document.querySelectorAll('.words label')) {
 def render_page(explanation: Explanation) -> str:
     """The page of an explanation; see [`Explanation.to_html`]."""
     words = range(len(explanation.words))
-    radios = "".join(
-        f'<input class="word" type="radio" name="word" id="w{n}"{" checked" if n == 0 else ""}>' for n in words
-    )
+    radio = '<input class="word" type="radio" name="word" id="w{}"{}>'
+    radios = "".join(radio.format(n, "" if n else " checked") for n in words)
     labels = " ".join(f'<label for="w{n}">{escape(explanation.words[n].text) or "␣"}</label>' for n in words)
     blocks = "".join(_render_media(explanation))
+    has_sound = any(isinstance(medium, HeardSound) for medium in explanation.media)
+    legend = " Of sounds, low tones are below; what the model hears is marked in green." if has_sound else ""
     notes = "".join(f"<li>{escape(note)}</li>" for note in describe(explanation))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -82,7 +81,7 @@ def render_page(explanation: Explanation) -> str:
         f"<title>{escape(explanation.question)}</title>"
         f"<style>{STYLE}{''.join(_render_rules(explanation))}</style></head><body>\n{radios}<main>"
         f"<h1>{escape(explanation.question)}</h1>"
-        '<p class="soft">Choose a word of the answer to see where the model looked for it.</p>'
+        f'<p class="soft">Choose a word of the answer to see where the model looked for it.{legend}</p>'
         f'<div class="words">{labels}</div>{"".join(_render_totals(explanation))}\n{blocks}\n'
         f"<section><h2>How to read this</h2><ul>{notes}</ul></section>"
         f"<section><h2>Tokens</h2>{_render_counts(explanation)}</section>"
@@ -106,8 +105,8 @@ def describe(explanation: Explanation) -> list[str]:
     else:
         notes = [
             "Colour is input times gradient: orange parts raise the log-probability of the word, to first order, and "
-            "blue ones lower it, compared with the mean colour of a picture and the mean energy of a sound (for text, "
-            "with no text). The numbers are the sums over a medium, in nats.",
+            "blue ones lower it, compared with the mean colour instead of a picture and silence instead of a sound. "
+            "The numbers are the sums over a medium, in nats.",
             "The gradient is taken at this input alone. It is noisy, and close to zero where the model is sure of the "
             "word; it says what a small change would do, not what the answer would be without a thing.",
         ]
@@ -124,15 +123,11 @@ def _describe_frames(medium: SeenFrames, method: str) -> Iterator[str]:
         yield f"The map has one value for every patch of {patch} x {patch} pixels of every frame."
         return
     frames, vertical, horizontal = (int((window > 0).sum(1).max()) for window in medium.windows)
-    of_frames = f"{frames} frames" if frames > 1 else "one frame"
-    if medium.kind == "image":
-        of_frames = (
-            "the image, which enters as a video of equal frames, added up here"
-            if medium.token_grid[0] > 1
-            else "the image"
-        )
     pixels = f"{vertical * patch} x {horizontal * patch} pixels"
-    yield f"One token stands for {of_frames} and {pixels}; the map is no finer."
+    plural = "s" if frames > 1 else ""
+    yield f"One token stands for {pixels} of {frames} frame{plural}; the map is no finer."
+    if medium.kind == "image" and medium.token_grid[0] > 1:
+        yield "The image enters as a video of equal frames, whose maps are added up."
     if frames > 1 and medium.kind == "video":
         yield "Frames that share their tokens have the same map."
     if medium.frames_mixed > 1:
@@ -152,9 +147,10 @@ def _describe_sound(medium: HeardSound, method: str) -> Iterator[str]:
         yield f"There is no sound; the model hears {medium.seconds:g} s of silence."
         return
     heard = sum(part.end - part.start for part in medium.parts)
-    yield f"Of {medium.end - medium.start:.1f} s the model hears {len(medium.parts)} part(s), {heard:.1f} s together,"
+    parts = "one part" if len(medium.parts) == 1 else f"{len(medium.parts)} parts"
     rest = medium.seconds - heard
-    yield f"then {rest:.1f} s of silence." if rest > 0.05 else "and nothing else."
+    silence = f", and {rest:.1f} s of silence behind" if rest > 0.05 else ""
+    yield f"Of {medium.end - medium.start:.1f} s the model hears {parts}, {heard:.1f} s altogether{silence}."
     bins = medium.features.shape[1] // medium.grid[1]
     value = "One token stands for" if method == "attention" else "The map has one value for"
     yield f"{value} {medium.step_seconds:.2g} s and {bins} of {medium.features.shape[1]} mel bins."
@@ -185,18 +181,17 @@ def _render_totals(explanation: Explanation) -> Iterator[str]:
 def _render_counts(explanation: Explanation) -> str:
     rows = []
     for medium in explanation.media:
-        grid = medium.token_grid if isinstance(medium, SeenFrames) else medium.grid
-        axes = "time x rows x columns" if isinstance(medium, SeenFrames) else "time x mel bands"
-        if isinstance(medium, SeenFrames) and medium.num_class_tokens:
-            axes += ", and class tokens"
+        grid: tuple[int, ...]
+        if isinstance(medium, HeardSound):
+            grid, axes = medium.grid, "time x mel bands"
+        else:
+            grid = medium.token_grid
+            axes = "time x rows x columns" + (", and class tokens" if medium.num_class_tokens else "")
         rows.append((medium.title, medium.num_tokens, f"{' x '.join(map(str, grid))} ({axes})"))
     rows.append(("text of the prompt", explanation.num_text_tokens, "template included"))
     rows.append(("answer", explanation.answer.num_new_tokens, ""))
-    cells = "".join(
-        f'<tr><td>{escape(name)}</td><td class="number">{number}</td><td>{grid}</td></tr>'
-        for name, number, grid in rows
-    )
-    return f"<table>{cells}</table>"
+    cells = (f'<tr><td>{escape(row[0])}</td><td class="number">{row[1]}</td><td>{row[2]}</td></tr>' for row in rows)
+    return f"<table>{''.join(cells)}</table>"
 
 
 def _render_table(explanation: Explanation) -> str:
@@ -237,9 +232,11 @@ def _to_photo(picture: np.ndarray, width: int) -> np.ndarray:
 
 
 def _to_grey(features: np.ndarray) -> np.ndarray:
-    """Filter banks (time, mel bins) as a picture, the lowest bin at the bottom."""
-    scaled = (features.T[::-1] - SILENCE) / (max(float(features.max()), 0.0) - SILENCE)
-    return (255 * scaled.clip(0, 1)).round().astype(np.uint8)
+    """Filter banks (time, mel bins) as a picture, the lowest bin at the bottom; never so light that heat is lost."""
+    heard = features[features > SILENCE + 1]
+    floor = float(np.percentile(heard, 1)) if heard.size else SILENCE
+    scaled = (features.T[::-1] - floor) / max(float(features.max()) - floor, 4.0)
+    return (200 * scaled.clip(0, 1)).round().astype(np.uint8)
 
 
 def _render_rules(explanation: Explanation) -> Iterator[str]:
@@ -379,7 +376,6 @@ def _render_sound(number: int, medium: HeardSound, axis: tuple[float, float]) ->
         f'<div class="parts" style="height:{7 * len(free) + 2}px">{"".join(bars)}</div>'
         f'<div class="sound"><img alt="{escape(medium.title)}" src="{photo}">{pale}'
         f'<div class="heat" style="background-image:var(--m{number})"></div></div></div>'
-        '<p class="soft">Sound, low to high; green: what the model hears of it</p>'
     )
 
 

@@ -8,6 +8,7 @@ and BEATs lets every token hear the whole sound. Only this is exact: without att
 nothing of frames that its window does not cover.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,17 +16,22 @@ import numpy as np
 import torch
 
 from .configuration_videollama2 import CONNECTOR_SAMPLERS, VideoLlama2Config, get_connector_output_size
+from .drawing import frame_times, to_pictures
 from .feature_extraction_videollama2 import (
     VideoLlama2FeatureExtractor,
     full_clip_windows,
     reference_clip_windows,
     resample_fourier,
 )
+from .generation_videollama2 import MODEL_INPUTS
 from .media_videollama2 import MediaError, read_audio_track, sample_range
+from .messages_videollama2 import prepare_messages
+from .processing_videollama2 import VideoLlama2Processor
 
 
 FRAME_SHIFT = 0.01  # seconds between two filter banks
 MAX_COLUMNS = 1200  # of a spectrogram
+INPUT_NAMES = tuple(MODEL_INPUTS.values())
 
 
 def get_token_windows(
@@ -319,4 +325,59 @@ def _compute_spectrogram(extractor: VideoLlama2FeatureExtractor, waveform: np.nd
     return torch.cat(pieces).numpy()
 
 
-__all__ = ["HeardPart", "HeardSound", "SeenFrames", "get_token_windows", "hear_sound", "see_frames"]
+def describe_media(
+    config: VideoLlama2Config, processor: VideoLlama2Processor, messages: list[dict[str, Any]], inputs: dict[str, Any]
+) -> Iterator[SeenFrames | HeardSound]:
+    """
+    The media of a prompt in the order of their tokens.
+
+    Args:
+        config: The model's configuration.
+        messages: One message of the user.
+        inputs: What the processor made of it, with `video_metadata` and `text_replacement_offsets`.
+    """
+    ids = inputs["input_ids"][0].tolist()
+    tensors = {name: iter(inputs.get(name, ())) for name in (*INPUT_NAMES, "video_metadata")}
+    blocks = [block for block in prepare_messages(messages)[0]["content"] if block["type"] != "text"]
+    position, numbers = 0, {"image": 0, "video": 0, "audio": 0}
+    for block, replaced in zip(blocks, inputs["text_replacement_offsets"][0], strict=True):
+        kind = block["type"]
+        numbers[kind] += 1
+        title = f"{kind} {numbers[kind]}"
+        counts = {name: replaced["replacement"].count(getattr(processor, f"{name}_token")) for name in numbers}
+        position = ids.index(getattr(processor, f"{kind}_token_id"), position)
+        if kind == "image":
+            pictures = to_pictures(next(tensors["pixel_values"])[None], processor.image_processor)
+            where = pictures, [0.0], (0.0, 0.0), False
+            yield see_frames(config, kind, title, position, counts[kind], *where)
+        elif kind == "video":
+            pictures = to_pictures(next(tensors["pixel_values_videos"]), processor.video_processor)
+            times, end, is_seconds = frame_times(next(tensors["video_metadata"]), len(pictures))
+            clip = block["video"]
+            part = (min(clip.start or 0.0, times[0]), max(min(clip.end or end, end), times[-1]))
+            yield see_frames(config, kind, title, position, counts[kind], pictures, times, part, is_seconds)
+        if kind != "image" and counts["audio"]:
+            first = position + (counts["video"] if kind == "video" else 0)
+            yield hear_sound(
+                processor.feature_extractor,
+                block[kind],
+                kind == "video",
+                f"sound of {title}" if kind == "video" else title,
+                first,
+                counts["audio"],
+                next(tensors["input_features"]).float().numpy(),
+                processor.audio_patch_size,
+            )
+        position += sum(counts.values())
+
+
+__all__ = [
+    "INPUT_NAMES",
+    "HeardPart",
+    "HeardSound",
+    "SeenFrames",
+    "describe_media",
+    "get_token_windows",
+    "hear_sound",
+    "see_frames",
+]

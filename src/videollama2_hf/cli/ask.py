@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,13 @@ End = Annotated[float | None, typer.Option(help="Where to end, in seconds.")]
 Frames = Annotated[int | None, typer.Option(help="Frames to look at; default: as trained.")]
 NoAudio = Annotated[bool, typer.Option("--no-audio", help="Do not hear the sound of videos.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+
+
+class ExplainBy(StrEnum):
+    """[`videollama2_hf.explaining.Method`], as the command line lists it."""
+
+    attention = "attention"
+    gradient = "gradient"
 
 
 def make_block(
@@ -112,6 +120,10 @@ def ask(
     no_audio: NoAudio = False,
     max_new_tokens: MaxNewTokens = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its numbers as JSON.")] = False,
+    explain: Annotated[
+        Path | None, typer.Option(help="Write a page that shows where the model looked for each word of its answer.")
+    ] = None,
+    explain_by: Annotated[ExplainBy, typer.Option(help="How to find out where it looked.")] = ExplainBy.attention,
     revision: Revision = None,
     dtype: Dtype = None,
 ) -> None:
@@ -127,7 +139,10 @@ def ask(
         videollama2 ask "Who is playing?" concert.mp4 --model converted
         videollama2 ask "What is said to happen?" talk.mp4 --start 60 --end 90 --frames 32 --model converted
         videollama2 ask "Which of the two is louder?" a.wav b.wav --json --model converted
+        videollama2 ask "What moves?" --explain page.html
     """
+    if explain is not None and not explain.absolute().parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(explain.parent)!r} to write {explain.name} into.")
     media = media or ([] if model else [str(EXAMPLE_CLIP)])
     blocks = [make_block(source, start, end, frames, not no_audio) for source in media]
     session = load_session(model or introduce_small_model(media), revision, dtype)
@@ -135,10 +150,15 @@ def ask(
         answer = session.ask(question, *blocks, max_new_tokens=max_new_tokens)
         record = {"question": question, "media": media, "model": model or str(SMALL_MODEL), **asdict(answer)}
         typer.echo(json.dumps(record, ensure_ascii=False))
-        return
-    answer = say(session.chat(), question, blocks, max_new_tokens)
-    if answer.finish_reason == "length":
-        typer.echo(f"(cut off after {max_new_tokens} tokens; --max-new-tokens allows for more)", err=True)
+    else:
+        answer = say(session.chat(), question, blocks, max_new_tokens)
+        if answer.finish_reason == "length":
+            typer.echo(f"(cut off after {max_new_tokens} tokens; --max-new-tokens allows for more)", err=True)
+    if explain is not None:
+        from ..explaining import explain as explain_answer
+
+        explain_answer(session, question, *blocks, answer=answer, method=explain_by.value).save(explain)
+        typer.echo(f"(where it looked: {explain})", err=True)
 
 
 def chat(
