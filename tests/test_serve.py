@@ -1,7 +1,10 @@
 """`videollama2 serve`: a server on a free port and OpenAI's client."""
 
+import asyncio
 import base64
 import dataclasses
+import functools
+import http.server
 import io
 import json
 import os
@@ -25,7 +28,7 @@ from PIL import Image
 
 from golden_utils import GOLDENS
 from videollama2_hf.cli import app, main
-from videollama2_hf.serving import Limits, build_app
+from videollama2_hf.serving import Limits, build_app, gate, remote
 from videollama2_hf.serving.server import Server, describe_start, open_socket
 from videollama2_hf.session import Session
 
@@ -76,10 +79,22 @@ def session():
 
 
 @pytest.fixture(scope="module")
-def server(session):
-    gate = build_app(session, "tiny", LIMITS, KEY, allowed_hosts=["clips.example.org"])
+def site(tmp_path_factory):
+    """Another machine, from which media may be downloaded."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "clip.mp4").write_bytes(CLIP)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"clips.example.org:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(session, site):
+    application = build_app(session, "tiny", LIMITS, KEY, allowed_hosts=[site])
     opened, ready = open_socket("127.0.0.1", 0), threading.Event()
-    running = Server(gate, ready.set)
+    running = Server(application, ready.set)
     thread = threading.Thread(target=running.run, args=([opened],))
     thread.start()
     assert ready.wait(60)
@@ -275,7 +290,7 @@ Image.new("1", (9000, 8000)).save(BIG, "PNG")
         ([url_part("/etc/passwd")], {}, "neither a data: URI nor an http"),
         ([url_part("file:///etc/passwd", "video_url")], {}, "Files of the server are not read"),
         ([url_part("ftp://clips.example.org/a.mp4", "video_url")], {}, "neither a data: URI nor an http"),
-        ([url_part("http://other.example.org/a.png")], {}, "it does from|clips.example.org"),
+        ([url_part("http://other.example.org/a.png")], {}, "the allowed hosts are clips.example.org"),
         ([url_part("data:image/png;base64,%%")], {}, "cannot be decoded"),
         ([url_part("data:image/png;base64,")], {}, "empty"),
         ([url_part(data_uri(b"no image", "image/png"))], {}, "none that this server reads .PNG, JPEG"),
@@ -445,6 +460,38 @@ def test_an_answer_stops_when_its_client_has_gone(client, slow, stream):
     assert len(slow) < 30
 
 
+def test_clients_that_do_not_read_hold_nobody_up(monkeypatch):
+    monkeypatch.setattr(gate, "_FAREWELL_SECONDS", 0.1)
+
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"data: {}\n\n"})
+
+    async def ask_twice():
+        front = gate.Gate(answer, dataclasses.replace(LIMITS, max_request_seconds=0.2))
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        received: list = []
+
+        async def receive():
+            return {"type": "http.request", "body": b"{}"} if not received else await asyncio.Future()
+
+        async def block(message):
+            received.append(message)
+            await asyncio.Future()
+
+        await front(dict(scope), receive, block)
+        assert len(received) == 2
+        received.clear()
+
+        async def read(message):
+            received.append(message)
+
+        await front(dict(scope), receive, read)
+        return received
+
+    assert [message["type"] for message in asyncio.run(ask_twice())] == ["http.response.start", "http.response.body"]
+
+
 def test_media_too_many_for_the_model_are_not_all_encoded(client, session):
     runs = []
     hook = session.model.model.audio_tower.register_forward_hook(lambda *_: runs.append(1))
@@ -486,15 +533,20 @@ def test_failures_of_the_model_are_not_the_clients(client, session, monkeypatch,
 # Downloads: what is refused is in test_serving_remote.py
 
 
-def test_hosts_of_the_local_network(client, monkeypatch):
+def test_downloads_from_an_allowed_host(client, fresh, site, monkeypatch):
+    """From a machine of the local network only if the test says that it is none."""
     resolve = socket.getaddrinfo
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]
-    monkeypatch.setattr(
-        socket, "getaddrinfo", lambda host, *a, **k: found if "example" in host else resolve(host, *a, **k)
-    )
+
+    def find(host, *args, **kwargs):
+        return resolve("127.0.0.1" if host == "clips.example.org" else host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", find)
+    part = url_part(f"http://{site}/clip.mp4", "video_url")
     with pytest.raises(openai.BadRequestError, match="is of the local network") as error:
-        ask(client, url_part("http://clips.example.org/a.png"))
+        ask(client, part, TEXT)
     assert error.value.code == "host_not_allowed"
+    monkeypatch.setattr(remote, "is_public", lambda address: address == "127.0.0.1")
+    assert_equal(ask(client, part, TEXT), fresh.ask(TEXT["text"], {"type": "video", "video": CLIP}, max_new_tokens=6))
 
 
 # The command

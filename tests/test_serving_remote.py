@@ -41,7 +41,7 @@ class Site(http.server.BaseHTTPRequestHandler):
 def site():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
         server.requests = []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from .errors import RequestError
@@ -20,6 +21,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
+# How long a client is told that its request has ended; one may have stopped reading.
+_FAREWELL_SECONDS = 5.0
 # What the application of transformers has besides would load other models, unload this one, or read messages in its
 # own way.
 _ROUTES = {"/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET"}
@@ -127,7 +130,7 @@ class Gate:
         stop = threading.Event()
         STOP.set(stop)
         unread = [body]
-        has_turn = has_begun = has_ended = False
+        has_turn = has_begun = is_sending = has_ended = False
 
         async def replay() -> Message:
             if unread:
@@ -135,10 +138,11 @@ class Gate:
             return await asyncio.Future()  # never: whether the client goes away is watched here
 
         async def forward(message: Message) -> None:
-            nonlocal has_begun
+            nonlocal has_begun, is_sending
             if not has_ended:
-                has_begun = True
+                has_begun = is_sending = True
                 await send(message)
+                is_sending = False
 
         async def work() -> None:
             nonlocal has_turn
@@ -160,11 +164,13 @@ class Gate:
             if not answer.done():
                 has_ended = True
                 stop.set()
+                if not has_turn or is_sending:  # nothing of it runs on the model's thread, or only until stopped
+                    answer.cancel()
                 if not gone.done():
                     error = self._describe_end(closing.done())
-                    await (send_stream_error(send, error) if has_begun else send_error(send, error))
-                if not has_turn:
-                    answer.cancel()
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_FAREWELL_SECONDS):
+                            await (send_stream_error(send, error) if has_begun else send_error(send, error))
             await asyncio.wait({answer})  # until then the model is busy
             if not answer.cancelled() and answer.exception() is not None:  # the client has been told already
                 logger.error("A request failed.", exc_info=answer.exception())
