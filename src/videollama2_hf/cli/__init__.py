@@ -13,9 +13,10 @@ from . import data
 from .ask import ask, chat
 from .caption import caption
 from .convert import convert
+from .doctor import doctor
 from .evaluate import evaluate
-from .serve import serve
 from .info import info
+from .serve import serve
 from .train import train
 from .web import web
 
@@ -37,6 +38,7 @@ app.command()(web)
 app.command()(serve)
 app.command("eval")(evaluate)
 app.command()(info)
+app.command()(doctor)
 app.add_typer(data.app, name="data")
 
 
