@@ -112,33 +112,38 @@ class Handlers:
             html = draw_problem(_name_file(error, talk.path))
         return gr.update(value=html, visible=True)
 
-    def load_model(self, model: str) -> None:
-        """Another model was chosen."""
+    def load_model(self, model: str, language: str) -> str:
+        """Another model was chosen: the line below the conversation."""
         try:
             self.models[model]
         except (ValueError, OSError, RuntimeError) as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+            return _problem(TEXTS[language]["no_model"], str(error))
+        return ""
 
     def begin_turn(
         self, question: str, start: float, end: float, model: str, language: str, history: list, talk: Talk
     ) -> tuple[Any, ...]:
-        """A question was asked: the box for the next, the conversation on the page, the talk."""
-        texts, question = TEXTS[language], question.strip()
-        if talk.path is None or not question:
-            reason = texts["no_file"] if talk.path is None else texts["no_question"]
-            raise gr.Error(reason, duration=5, print_exception=False)
+        """A question was asked: the box for the next, the conversation on the page, the line below it, the talk."""
+        texts, talk.question = TEXTS[language], ""
+        if talk.path is None or not question.strip():
+            return gr.skip(), gr.skip(), texts["no_file" if talk.path is None else "no_question"], talk
         about = (model, make_block(talk.path, start, end, talk.duration))
         if talk.chat is None or talk.about != about:  # a conversation is about one part of one file
-            talk.chat, talk.about = self.models[model].chat(), about
+            try:
+                talk.chat, talk.about = self.models[model].chat(), about
+            except (ValueError, OSError, RuntimeError) as error:
+                return gr.skip(), gr.skip(), _problem(texts["no_model"], str(error)), talk
             history = [*history, {"role": "user", "content": _describe(about[1], texts)}]
-        talk.question = question
-        history = [*history, {"role": "user", "content": question}]
-        return gr.update(value="", interactive=False, submit_btn=False, stop_btn=True), history, talk
+        talk.question = question.strip()
+        history = [*history, {"role": "user", "content": _as_text(talk.question)}]
+        return gr.update(value="", interactive=False, submit_btn=False, stop_btn=True), history, "", talk
 
     def answer(self, language: str, history: list, talk: Talk) -> Iterator[tuple[list, str, Talk]]:
         """The answer as it is said: the conversation on the page, the line below it, the talk."""
         texts, text, answer = TEXTS[language], "", None
-        assert talk.chat is not None and talk.about is not None
+        if not talk.question or talk.chat is None or talk.about is None:
+            yield gr.skip(), gr.skip(), talk  # a generator that yields nothing would empty the conversation
+            return
         chat, media = talk.chat, [] if talk.chat.messages else [talk.about[1]]
         try:
             with closing(chat.stream(talk.question, *media, max_new_tokens=self.max_new_tokens)) as stream:
@@ -150,11 +155,25 @@ class Handlers:
                         break
                     yield [*history, {"role": "assistant", "content": text.strip()}], "", talk
         except torch.OutOfMemoryError:
-            yield history, _problem(texts, texts["no_memory"]), talk
+            yield history, _problem(texts["failed"], texts["no_memory"]), talk
         except (ValueError, OSError) as error:
-            yield history, _problem(texts, _name_file(error, talk.path)), talk
+            yield history, _problem(texts["failed"], _name_file(error, talk.path)), talk
         else:
             yield [*history, {"role": "assistant", "content": answer.text}], _describe_answer(answer, texts), talk
+
+    def stop(self, language: str) -> tuple[Any, str]:
+        """An answer was stopped: the box for the next question, the line below the conversation."""
+        return take_questions(), TEXTS[language]["stopped"]
+
+    def forget(self, talk: Talk) -> tuple[list, str, Any, Talk]:
+        """A new conversation: the one on the page, the line below it, the box for the next question, the talk."""
+        talk.chat = None
+        return [], "", take_questions(), talk
+
+
+def take_questions() -> Any:
+    """The box for the next question, ready again."""
+    return gr.update(interactive=True, submit_btn=True, stop_btn=False)
 
 
 def _name_file(error: Exception, path: str | None) -> str:
@@ -162,8 +181,8 @@ def _name_file(error: Exception, path: str | None) -> str:
     return str(error).replace(path, Path(path).name) if path else str(error)
 
 
-def _problem(texts: dict[str, str], reason: str) -> str:
-    return f"**{texts['failed']}** {_as_text(reason)}"
+def _problem(what: str, reason: str) -> str:
+    return f"**{what}** {_as_text(reason)}"
 
 
 def _describe(block: dict[str, Any], texts: dict[str, str]) -> str:
@@ -183,7 +202,7 @@ def _describe_answer(answer: Answer, texts: dict[str, str]) -> str:
 
 def _as_text(text: str) -> str:
     """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~$&-])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]<>#|~$&])", r"\\\1", text)
 
 
-__all__ = ["Handlers", "Models", "Talk"]
+__all__ = ["Handlers", "Models", "Talk", "take_questions"]

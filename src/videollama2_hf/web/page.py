@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from ..assets import EXAMPLE_CLIP
-from .handlers import Handlers, Models, Talk
+from .handlers import Handlers, Models, Talk, take_questions
 from .preview import STEP
 from .texts import EXAMPLE_QUESTIONS, LANGUAGES, TEXTS, choose_language
 
@@ -49,7 +49,7 @@ def build_page(models: Models, max_new_tokens: int) -> gr.Blocks:
             )
         with gr.Row(elem_id="body"):
             with gr.Column(scale=5, min_width=320):
-                file = gr.File(label=texts["file"], file_types=["video", "image", "audio"], height=116, elem_id="file")
+                file = gr.File(label=texts["file"], height=116, elem_id="file")
                 player = gr.HTML(visible=False, elem_id="player")
                 slider: dict[str, Any] = {"step": STEP, "min_width": 130, "buttons": []}
                 with gr.Row(visible=False, elem_id="part") as part:
@@ -79,43 +79,42 @@ def build_page(models: Models, max_new_tokens: int) -> gr.Blocks:
                     new = gr.Button(texts["new"], size="sm", scale=0, min_width=150, elem_id="new")
 
         private: dict[str, Any] = {"api_visibility": "private"}
-        shown = {"fn": handlers.show_file, "inputs": [file, model, language, talk]} | private
-        shown |= {"outputs": [player, preview, part, start, end, talk], "concurrency_limit": 2}
-        asked = {"fn": handlers.begin_turn, "inputs": [question, start, end, model, language, conversation, talk]}
-        asked |= {"outputs": [question, conversation, talk], "concurrency_limit": None} | private
-        answered = {"fn": handlers.answer, "inputs": [language, conversation, talk]} | private
-        answered |= {"outputs": [conversation, status, talk], "concurrency_id": "model", "concurrency_limit": 1}
-        ready = {"fn": _ready, "outputs": question, "queue": False} | private
-        redrawn = {"fn": handlers.show_part, "inputs": [start, end, model, language, talk], "outputs": preview}
-        redrawn |= {"concurrency_limit": 2, "show_progress": "hidden"} | private
 
-        for event in (file.upload, file.clear):
-            event(**shown)
-        gr.on([start.input, end.input], trigger_mode="always_last", **redrawn)
-        answers = [question.submit(**asked).success(**answered)]
-        answers[0].then(**ready)
+        def show_file(event: Any) -> Any:
+            inputs, outputs = [file, model, language, talk], [player, preview, part, start, end, talk]
+            return event(handlers.show_file, inputs, outputs, concurrency_limit=2, **private)
+
+        def show_part(event: Any) -> None:
+            options = {"trigger_mode": "always_last", "show_progress": "hidden", "concurrency_limit": 2, **private}
+            event(handlers.show_part, [start, end, model, language, talk], preview, **options)
+
+        def ask(event: Any) -> Any:
+            inputs = [question, start, end, model, language, conversation, talk]
+            asked = event(handlers.begin_turn, inputs, [question, conversation, status, talk], **private)
+            answering = asked.success(
+                handlers.answer,
+                [language, conversation, talk],
+                [conversation, status, talk],
+                **one_at_a_time,
+                **private,
+            )
+            answering.then(take_questions, outputs=question, queue=False, **private)
+            return answering
+
+        one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1}
+        show_file(file.upload)
+        show_file(file.clear)
+        show_part(start.input)
+        show_part(end.input)
+        answers = [ask(question.submit)]
         if examples:
-            picked = conversation.example_select(_pick_example, outputs=[file, question], **private).then(**shown)
-            answers.append(picked.success(**asked).success(**answered))
-            answers[1].then(**ready)
-        question.stop(
-            lambda language: (_ready(), TEXTS[language]["stopped"]),
-            language,
-            [question, status],
-            cancels=answers,
-            **private,
-        )
-        gr.on(
-            [new.click, conversation.clear],
-            _forget,
-            talk,
-            [conversation, status, question, talk],
-            cancels=answers,
-            **private,
-        )
-        model.change(
-            handlers.load_model, model, concurrency_id="model", concurrency_limit=1, show_progress_on=model, **private
-        ).success(**redrawn)
+            picked = conversation.example_select(_pick_example, outputs=[file, question], **private)
+            answers.append(ask(show_file(picked.then).success))
+        question.stop(handlers.stop, [language], [question, status], cancels=answers, **private)
+        forgotten = {"inputs": talk, "outputs": [conversation, status, question, talk], "cancels": answers, **private}
+        gr.on([new.click, conversation.clear], handlers.forget, **forgotten)
+        loaded = model.change(handlers.load_model, [model, language], status, **one_at_a_time, **private)
+        show_part(loaded.then)
 
         def translate(code: str) -> dict[Any, Any]:
             texts = TEXTS[code]
@@ -130,21 +129,11 @@ def build_page(models: Models, max_new_tokens: int) -> gr.Blocks:
             }
 
         translated = [intro, model, file, start, end, question, conversation, new, status]
-        language.change(translate, language, translated, queue=False, show_progress="hidden", **private).then(
-            **redrawn
-        )
+        spoken = language.change(translate, language, translated, queue=False, show_progress="hidden", **private)
+        show_part(spoken.then)
         language.change(None, language, js="code => { document.documentElement.lang = code }")
         page.load(_find_language, outputs=language, queue=False, show_progress="hidden", **private)
     return page.queue(max_size=64)
-
-
-def _ready() -> Any:
-    return gr.update(interactive=True, submit_btn=True, stop_btn=False)
-
-
-def _forget(talk: Talk) -> tuple[Any, ...]:
-    talk.chat = None
-    return [], "", _ready(), talk
 
 
 def _pick_example(event: gr.SelectData) -> tuple[str, str]:
