@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -341,6 +342,31 @@ def test_every_stage_trains_its_parts_and_the_next_begins_with_them(tmp_path, st
     assert [results[name][0]["tokens"] for name in ("spatial_pool", "frame_mlp2x_gelu")] == [8 * 16, 8 * 64]
     assert results == ablation.run_ablation(tmp_path, seeds=1, steps=1, cpu=True)  # it goes on where it was
     assert "| 128 | " in ablation.format_ablation(results)
+
+
+def test_separate_questions_are_answered_as_if_alone(tokenizer):
+    config = tiny(tokenizer)
+    model, tokenize = build_model(config).eval(), RowTokenizer(tokenizer, config)
+    rows = [draw_row(np.random.default_rng([15, i]), {medium: 1}) for i, medium in enumerate(MEDIA[:4])]
+    texts = [draw_row(np.random.default_rng([16, i]), {"text": 1}) for i in range(2)]
+    data = [{"row": row, **tokenize(row, separate=row.medium != "text")} for row in [*rows, *texts]]
+    batch = WorldCollator(tokenizer.pad_token_id)(data)
+    batch |= draw_media(batch.pop("drawn"), 64, config.audio_config.num_mel_bins)
+    with torch.no_grad():
+        together = model(**batch, use_cache=False).logits
+    for number, row in enumerate([*rows, *texts]):
+        assert max(len(row.questions) for row in rows) > 2
+        for branch, question in enumerate(row.questions, 1):
+            single = replace(row, questions=(question,)) if row.medium != "text" else row
+            alone = WorldCollator(tokenizer.pad_token_id)([{"row": single, **tokenize(single)}])
+            alone |= draw_media(alone.pop("drawn"), 64, config.audio_config.num_mel_bins)
+            with torch.no_grad():
+                expected = model(**alone, use_cache=False).logits[0]
+            given = together[number][: len(data[number]["labels"])]
+            if row.medium != "text":
+                branches = data[number]["branches"]
+                given = given[(branches == 0) | (branches == branch)]
+            torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_batch_in_pieces_gives_the_gradient_of_the_whole(tmp_path, tokenizer, monkeypatch):

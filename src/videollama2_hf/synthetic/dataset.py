@@ -62,20 +62,36 @@ class RowTokenizer:
             self.known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.known[text]
 
-    def __call__(self, row: Row) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels`, int64 (length,)."""
-        media = self.media[row.medium]
-        ids, labels = [], []
+    def __call__(self, row: Row, separate: bool = False) -> dict[str, torch.Tensor]:
+        """
+        `input_ids` and `labels`, int64 (length,).
 
-        def add(tokens: list[int], is_label: bool) -> None:
+        Args:
+            separate: Whether every question is by itself: it sees the media, but no other question and no answer that
+                could tell what there is to see. Then there is also `branches`, int64 (length,): 0 for what all see,
+                and for the others the number of their question. For rows with media.
+        """
+        media = self.media[row.medium]
+        ids, labels, branches = [], [], []
+
+        def add(tokens: list[int], is_label: bool, branch: int = 0) -> None:
             ids.extend(tokens)
             labels.extend(tokens if is_label else [-100] * len(tokens))
+            branches.extend([branch] * len(tokens))
 
         lead = "\n" if media else ""
         if self.prompt_format == "plain":
             question = row.questions[0]
             add(media, False)
             add(self.encode(f"{lead}{question.text} {question.answer}"), True)
+        if separate:
+            add(self.encode("<|im_start|>user\n") + media, False)
+            for number, question in enumerate(row.questions, 1):
+                add(self.encode(f"\n{question.text}<|im_end|>\n<|im_start|>assistant\n"), False, number)
+                add(self.encode(f"{question.answer}<|im_end|>\n"), True, number)
+            return {
+                name: torch.tensor(v) for name, v in zip(("input_ids", "labels", "branches"), (ids, labels, branches))
+            }
         for turn, question in enumerate(row.questions if self.prompt_format != "plain" else ()):
             text = f"{row.context}\n{question.text}" if turn == 0 and row.context else question.text
             add(self.encode("<|im_start|>user\n"), False)
@@ -90,22 +106,30 @@ class RowTokenizer:
 
 
 class WorldDataset(Dataset):
-    """Rows by number; row `i` follows from `(seed, i)` alone, so a run that is continued sees what it would have."""
+    """
+    Rows by number; row `i` follows from `(seed, i)` alone, so a run that is continued sees what it would have.
 
-    def __init__(self, tokenize: RowTokenizer, num_rows: int, seed: int, draw: DrawRow):
+    Args:
+        separate: Share of the rows with media whose questions are each by itself, see [`RowTokenizer`].
+    """
+
+    def __init__(self, tokenize: RowTokenizer, num_rows: int, seed: int, draw: DrawRow, separate: float = 0.0):
         self.tokenize, self.num_rows, self.seed, self.draw = tokenize, num_rows, seed, draw
+        self.separate = separate
 
     def __len__(self) -> int:
         return self.num_rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.draw(np.random.default_rng([self.seed, index]))
-        return {"row": row, **self.tokenize(row)}
+        generator = np.random.default_rng([self.seed, index])
+        row = self.draw(generator)
+        return {"row": row, **self.tokenize(row, row.medium != "text" and generator.random() < self.separate)}
 
 
 class WorldCollator:
     """
     Joins rows to a batch: `input_ids`, `labels`, `attention_mask`, and `drawn`, what [`draw_media`] makes media of.
+    With rows whose questions are separate the mask is (rows, 1, length, length) and there are `position_ids`.
 
     Args:
         pieces: Rows of similar lengths come together in so many pieces of a batch, which then is `labels` and
@@ -128,9 +152,31 @@ class WorldCollator:
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=-100),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
+        if any("branches" in row for row in rows):
+            branches = [row.get("branches", torch.zeros_like(row["input_ids"])) for row in rows]
+            batch |= _separate(pad_sequence(branches, batch_first=True, padding_value=-1))
+        else:
+            batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
         return {**batch, "drawn": describe_media([row["row"] for row in rows], self.times)}
+
+
+def _separate(branches: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    Mask and positions of rows whose questions do not see each other, as if each stood alone behind the media.
+
+    Args:
+        branches: int64 (rows, length); see [`RowTokenizer`], -1 for padding.
+    """
+    length = branches.shape[1]
+    index = torch.arange(length)
+    sees = (branches[:, None, :] == branches[:, :, None]) | (branches[:, None, :] == 0)
+    sees &= (index[None, :] <= index[:, None]) & (branches[:, None, :] >= 0)
+    num_shared = (branches == 0).sum(dim=1, keepdim=True)
+    is_first = branches != torch.cat([branches[:, :1], branches[:, :-1]], dim=1)
+    begins = torch.where(is_first, index, 0).cummax(dim=1).values
+    positions = torch.where(branches > 0, index - begins + num_shared, index)
+    return {"attention_mask": sees[:, None], "position_ids": positions}
 
 
 def describe_media(rows: Sequence[Row], times: np.ndarray) -> dict[str, Any]:

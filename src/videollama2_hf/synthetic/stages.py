@@ -27,6 +27,7 @@ class Stage:
     Args:
         recipe: The published recipe that says what trains and how prompts look; `None` in stage 0.
         mix: Weight of every medium among the rows.
+        separate: Share of the rows whose questions do not see each other, so that no answer tells what is to be seen.
         captions_only: Whether rows are captions.
         steps, batch_size, learning_rate, connector_learning_rate: Of this model: its parts begin from nothing, so its
             rates are higher than the published ones.
@@ -39,6 +40,7 @@ class Stage:
     recipe: str | None = None
     connector_learning_rate: float | None = None
     mix: Mapping[str, float] = field(default_factory=dict)
+    separate: float = 0.0
     captions_only: bool = False
     trainable: tuple[str, ...] = ()
 
@@ -53,14 +55,25 @@ STAGES = {
     "2": Stage(
         3000,
         128,
-        5e-4,
+        8e-4,
         "videollama2_2_video_tuning",
         connector_learning_rate=1e-3,
         mix={"video": 5.0, "image": 2.0, "text": 1.0},
+        separate=0.8,
     ),
     "3": Stage(300, 128, 2e-3, "videollama2_3_audio_pretraining", mix={"audio": 1.0}, captions_only=True),
-    "4": Stage(1500, 128, 3e-4, "videollama2_4_audio_tuning", connector_learning_rate=1e-3, mix={"audio": 1.0}),
-    "5": Stage(8000, 128, 5e-4, "videollama2_5_audio_visual_tuning", connector_learning_rate=8e-4, mix=DEFAULT_MIX),
+    "4": Stage(
+        1500, 128, 3e-4, "videollama2_4_audio_tuning", connector_learning_rate=1e-3, mix={"audio": 1.0}, separate=0.8
+    ),
+    "5": Stage(
+        8000,
+        128,
+        5e-4,
+        "videollama2_5_audio_visual_tuning",
+        connector_learning_rate=8e-4,
+        mix=DEFAULT_MIX,
+        separate=0.8,
+    ),
 }
 MODEL_FOLDER = "model"
 _SAVE_SECONDS = 150
@@ -271,7 +284,7 @@ def _model_trainer(name: str, root: Path, num_rows: int, seed: int, options: dic
     draw = partial(draw_caption_row if stage.captions_only else draw_row, mix=stage.mix)
     tokenize = RowTokenizer(processor.tokenizer, model.config, prompt_format)
     # Every stage draws rows that no other has seen.
-    data = WorldDataset(tokenize, num_rows, seed * 100 + 10 + list(STAGES).index(name), draw)
+    data = WorldDataset(tokenize, num_rows, seed * 100 + 10 + list(STAGES).index(name), draw, stage.separate)
     return WorldTrainer(
         model=model,
         args=VideoLlama2TrainingArguments(**options, connector_learning_rate=stage.connector_learning_rate),
