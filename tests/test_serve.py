@@ -578,6 +578,13 @@ def test_command(tmp_path):
     assert process.returncode == 0 and "Traceback" not in errors
 
 
+def test_the_extra_is_named_where_it_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "videollama2_hf.serving", None)
+    with pytest.raises(SystemExit) as end:
+        main(["serve"])
+    assert end.value.code == 2 and "pip install videollama2-hf[serve]" in capsys.readouterr().err
+
+
 def test_start_message():
     text = describe_start("small", "0.0.0.0", 9000, has_key=False)
     assert "http://127.0.0.1:9000/v1" in text and "--api-key asks for a key" in text
