@@ -29,7 +29,14 @@ TEXT_TOKENS = 128
 
 @dataclass(frozen=True)
 class InferenceMemory:
-    """Bytes on one device; what the libraries themselves take (about 1 GiB with CUDA) comes on top."""
+    """
+    Bytes on one device; what the libraries themselves take (about 1 GiB with CUDA) comes on top.
+
+    Args:
+        weights: Of all parameters.
+        cache: Keys and values of the prompt and the whole answer.
+        activations: What is held beside them when most is held.
+    """
 
     weights: int
     cache: int
@@ -80,7 +87,7 @@ def estimate_inference(
     del inputs, features, embeds, output
     filled = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     full = sum(_cache_size(layer, length, length + num_new_tokens) for layer in cache.layers)
-    activations = max(encoding, prefill - filled)
+    activations = max(encoding - full, prefill - filled)  # while media are encoded there is no cache yet
     linear = [module.weight for module in model.model.language_model.modules() if isinstance(module, nn.Linear)]
     count = sum(weight.numel() for weight in linear)
     rest = 2 * (sum(parameter.numel() for parameter in model.parameters()) - count)

@@ -62,7 +62,7 @@ class MediumInformation:
         if self.kind == "video" and not any(stream["type"] == "audio" for stream in self.streams):
             lines.append("no sound")
         if self.taken:
-            lines += ["", f"{self.taken['model']} takes of it:"]
+            lines += ["", f"{self.taken.get('model', 'the model')} takes of it:"]
             if self.taken["frames"]:
                 times = ", ".join(f"{time:.2f}" for time in self.taken["times"])
                 lines.append(f"{len(self.taken['frames'])} frames, at {times} s")
