@@ -518,7 +518,7 @@ def test_page(make_session, method):
     assert "http:" not in page and "https:" not in page and "@import" not in page
     assert all(uri.startswith("data:image/") for uri in re.findall(r"url\(([^)]*)\)", page))
     assert page.count("data:image/jpeg") == 4 + 1 + 2  # frames, the image, and both small in the table
-    assert ("Attention is not a cause" in page) == (method == "attention")
+    assert ("Attention is not causation" in page) == (method == "attention")
     for medium in explanation.media:
         assert f"{medium.title}: " in page and str(medium.num_tokens) in page
     assert len(page) < 300_000
@@ -621,7 +621,7 @@ def test_ask_explains(capsys, tmp_path, method):
     code, text, err = run(capsys, *arguments, "--explain", str(page), "--explain-by", method)
     assert code == 0 and text == plain and str(page) in err
     first = page.read_text()
-    assert ("Attention is not a cause" in first) == (method == "attention")
+    assert ("Attention is not causation" in first) == (method == "attention")
     code, out, _ = run(capsys, *arguments, "--explain", str(page), "--explain-by", method, "--json")
     assert code == 0 and json.loads(out)["text"] == plain.strip() and page.read_text() == first
 

@@ -130,6 +130,7 @@ def draw_filter_banks(
         extent: Which part of the seconds the heat covers, from the first on.
     """
     values = features.T
+    top = max(float(values.max()), 0.0)
     image = axis.imshow(
         values,
         origin="lower",
@@ -137,7 +138,7 @@ def draw_filter_banks(
         extent=(start, start + seconds, 0, len(values)),
         cmap="magma" if heat is None else "gray",
         vmin=SILENCE,
-        vmax=max(float(values.max()), 0.0),
+        vmax=top if heat is None else top + 0.4 * (top - SILENCE),  # never so light that heat is lost
     )
     if heat is not None:
         _draw_heat(axis, to_colours(heat.T[::-1]), (start, start + extent * seconds, 0, len(values)))

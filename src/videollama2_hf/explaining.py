@@ -24,6 +24,7 @@ from .drawing import (
     draw_image,
     make_figure,
 )
+from .explaining_page import render_page
 from .modeling_videollama2 import VideoLlama2ForConditionalGeneration
 from .session import Answer, EncodedMedia, Session
 from .token_places import INPUT_NAMES, HeardSound, SeenFrames, describe_media
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Method = Literal["attention", "gradient"]
-_BLOCK = 32  # words' tokens whose attention is held at a time
+_BLOCK = 32  # tokens of the answer whose attention is held at a time
 
 
 @dataclass
@@ -123,8 +124,6 @@ class Explanation:
 
     def to_html(self) -> str:
         """One page that needs nothing else: no network, no file beside it, and no JavaScript."""
-        from .explaining_page import render_page
-
         return render_page(self)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -142,7 +141,7 @@ def explain(
     **generation: Any,
 ) -> Explanation:
     """
-    Where a model looks for every word of an answer.
+    Where a model looks for every word of an answer. Reads the media once more, to show them.
 
     Args:
         session: The model.
@@ -162,7 +161,7 @@ def explain(
     if method not in get_args(Method):
         raise ValueError(f"Unknown method {method!r}; choose one of {', '.join(get_args(Method))}.")
     chosen = _check_layers(layers, model.config.get_text_config().num_hidden_layers)
-    if any(isinstance(block.get(block.get("type")), EncodedMedia) for block in media):
+    if any(isinstance(value, EncodedMedia) for block in media for value in block.values()):
         raise ValueError("Encoded media cannot be shown. Pass the media themselves.")
     if answer is None:
         answer = session.ask(question, *media, **generation)
@@ -191,15 +190,15 @@ def explain(
     ] + words
     ids = torch.tensor([prompt_ids + answer.token_ids], device=model.device)
     tensors = {name: inputs[name] for name in (*INPUT_NAMES, "input_features_mask") if name in inputs}
-    compute = _compute_attention if method == "attention" else _compute_gradients
-    weights = compute(model, ids, len(prompt_ids), words, seen, tensors, chosen)
-    text_map = torch.stack([weights[:, word.positions].sum(1) for word in text], dim=1)
     if method == "attention":
+        weights = _compute_attention(model, ids, len(prompt_ids), words, tensors, chosen)
         for medium in seen:
             medium.maps = medium.place(weights[:, slice(*medium.span)])
         totals = [weights[:, slice(*medium.span)].sum(1) for medium in seen]
     else:
+        weights = _compute_gradients(model, ids, len(prompt_ids), words, seen, tensors)
         totals = [medium.maps.flatten(1).sum(1) for medium in seen]
+    text_map = torch.stack([weights[:, word.positions].sum(1) for word in text], dim=1)
     return Explanation(
         question=question,
         answer=answer,
@@ -260,7 +259,6 @@ def _compute_attention(
     ids: torch.Tensor,
     num_prompt: int,
     words: list[Word],
-    media: list[SeenFrames | HeardSound],
     tensors: dict[str, Any],
     layers: list[int],
 ) -> torch.Tensor:
@@ -297,7 +295,6 @@ def _compute_gradients(
     words: list[Word],
     media: list[SeenFrames | HeardSound],
     tensors: dict[str, Any],
-    layers: list[int],
 ) -> torch.Tensor:
     """
     Input times gradient of every word's log-probability: of the text's embeddings float32 (words, length), of the

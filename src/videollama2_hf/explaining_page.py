@@ -9,51 +9,20 @@ import base64
 from collections.abc import Iterator
 from html import escape
 from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from .drawing import SILENCE, to_colours
-from .explaining import Explanation
 from .token_places import HeardSound, SeenFrames
 
 
-STYLE = """
-:root { color-scheme: light; --ink: #1c1e21; --soft: #5c6066; --line: #d8dade; --accent: #c2410c; background: #fff; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); }
-h1 { font-size: 1.4rem; margin: 0 0 .5rem; } h2 { font-size: 1.05rem; margin: 0; } p { margin: .4rem 0; }
-.soft, figcaption, .ticks { color: var(--soft); font-size: .8rem; }
-.word { position: absolute; opacity: 0; pointer-events: none; }
-.words { position: sticky; top: 0; z-index: 2; background: #fff; padding: .5rem 0; max-height: 35vh; overflow-y: auto;
-  border-bottom: 1px solid var(--line); }
-.words label { display: inline-block; padding: .15rem .45rem; margin: .12rem; border: 1px solid var(--line);
-  border-radius: .45rem; cursor: pointer; overflow-wrap: anywhere; }
-.total { display: none; }
-.total div { display: grid; grid-template-columns: 8.5rem 4rem 1fr; gap: .5rem; align-items: center; }
-.total b { font-weight: 400; text-align: right; } .total i { height: .7rem; background: var(--accent); }
-.total i.less { background: #0084ff; }
-section { border-top: 1px solid var(--line); margin-top: 1rem; padding-top: .8rem; }
-.scroll { overflow-x: auto; } .lane { position: relative; }
-.frames { display: flex; } figure { flex: 1 1 0; margin: 0; padding: 0 1px; text-align: center; }
-figure > div, .image { position: relative; } .image { max-width: 384px; }
-.frames img, .image img, .sound > img { display: block; width: 100%; }
-.heat { position: absolute; left: 0; top: 0; image-rendering: pixelated; background-repeat: no-repeat;
-  background-size: 100% 100%; }
-svg { display: block; width: 100%; height: 26px; } line { stroke: #9a9ea5; vector-effect: non-scaling-stroke; }
-.ticks { position: relative; height: 1.4rem; border-top: 2px solid var(--ink); }
-.ticks span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
-.ticks span:first-child { transform: none; } .ticks span:last-child { transform: translateX(-100%); }
-.sound { position: relative; height: 110px; overflow: hidden; } .sound > img { height: 100%; }
-.sound > .heat { width: 100%; height: 100%; } .cut, .mark { position: absolute; top: 0; bottom: 0; }
-.cut { background: rgba(255, 255, 255, .78); } .mark { border-left: 1px dashed #fff; }
-.parts { position: relative; } .parts i { position: absolute; height: 5px; background: #2b8a3e; border-radius: 2px; }
-table { border-collapse: collapse; font-size: .85rem; }
-td, th { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: middle; }
-td.number, th.number { text-align: right; } .strip { background-size: 100% 100%; image-rendering: pixelated; }
-summary { cursor: pointer; font-weight: 600; }
-@media print { .words { position: static; max-height: none; } details > * { display: block; } }
-"""
+if TYPE_CHECKING:
+    from .explaining import Explanation
+
+STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 SCRIPT = """
 let kept = document.querySelector('.word:checked');
 for (const label of document.querySelectorAll('.words label')) {
@@ -65,7 +34,7 @@ for (const label of document.querySelectorAll('.words label')) {
 """
 
 
-def render_page(explanation: Explanation) -> str:
+def render_page(explanation: "Explanation") -> str:
     """The page of an explanation; see [`Explanation.to_html`]."""
     words = range(len(explanation.words))
     radio = '<input class="word" type="radio" name="word" id="w{}"{}>'
@@ -84,13 +53,13 @@ def render_page(explanation: Explanation) -> str:
         f'<p class="soft">Choose a word of the answer to see where the model looked for it.{legend}</p>'
         f'<div class="words">{labels}</div>{"".join(_render_totals(explanation))}\n{blocks}\n'
         f"<section><h2>How to read this</h2><ul>{notes}</ul></section>"
-        f"<section><h2>Tokens</h2>{_render_counts(explanation)}</section>"
+        f'<section><h2>Tokens</h2><div class="scroll">{_render_counts(explanation)}</div></section>'
         f'<section><details><summary>All words</summary><div class="scroll">{_render_table(explanation)}</div>'
         f"</details></section></main>\n<script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def describe(explanation: Explanation) -> list[str]:
+def describe(explanation: "Explanation") -> list[str]:
     """What the colours and numbers mean, how fine they are, and what cannot be concluded from them."""
     if explanation.method == "attention":
         notes = [
@@ -98,9 +67,9 @@ def describe(explanation: Explanation) -> list[str]:
             "word was chosen; full colour is the strongest place (or twice the even share). The numbers say how much "
             f"the whole medium had. Both are means over the heads of {len(explanation.layers or [])} layers and over "
             "the tokens of a word; all numbers of a word add up to 100 %.",
-            "Attention is not a cause. A place that was read much need not have changed the answer, and one that was "
-            "read little may have decided it: what it shows may have reached other tokens before. Much attention on "
-            "the first tokens of the prompt is usual and means little.",
+            "Attention is not causation. A place that was read much need not have changed the answer, and one that "
+            "was read little may have decided it: what it shows may have reached other tokens before. Much attention "
+            "on the first tokens of the prompt is usual and means little.",
         ]
     else:
         notes = [
@@ -137,6 +106,8 @@ def _describe_frames(medium: SeenFrames, method: str) -> Iterator[str]:
         yield "The class token of a frame is spread over all of it."
     if (medium.windows[0].sum(1) == 0).any() and medium.kind == "video":
         yield "Some tokens stand before the first frame or behind the last; they count in the number, not in the map."
+    if any((window.sum(0) == 0).any() for window in medium.windows[1:]):
+        yield "No token stands for the last row and column of patches, at the lower and right edge."
     unseen = medium.unseen_frames()
     if unseen:
         yield f"No token stands for frame {', '.join(str(frame + 1) for frame in unseen)}: the model does not see it."
@@ -161,7 +132,7 @@ def _describe_sound(medium: HeardSound, method: str) -> Iterator[str]:
 # Numbers
 
 
-def _render_totals(explanation: Explanation) -> Iterator[str]:
+def _render_totals(explanation: "Explanation") -> Iterator[str]:
     names = [*(medium.title for medium in explanation.media), "text"]
     strongest = float(explanation.totals.abs().max()) or 1.0
     for word in range(len(explanation.words)):
@@ -178,7 +149,7 @@ def _render_totals(explanation: Explanation) -> Iterator[str]:
         yield f'<p class="soft">Of the text, most: {most}</p></div>' if most else "</div>"
 
 
-def _render_counts(explanation: Explanation) -> str:
+def _render_counts(explanation: "Explanation") -> str:
     rows = []
     for medium in explanation.media:
         grid: tuple[int, ...]
@@ -194,7 +165,7 @@ def _render_counts(explanation: Explanation) -> str:
     return f"<table>{''.join(cells)}</table>"
 
 
-def _render_table(explanation: Explanation) -> str:
+def _render_table(explanation: "Explanation") -> str:
     """Every word with its numbers and pictures, for paper and wherever nothing can be chosen."""
     names = [*(medium.title for medium in explanation.media), "text"]
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
@@ -239,7 +210,7 @@ def _to_grey(features: np.ndarray) -> np.ndarray:
     return (200 * scaled.clip(0, 1)).round().astype(np.uint8)
 
 
-def _render_rules(explanation: Explanation) -> Iterator[str]:
+def _render_rules(explanation: "Explanation") -> Iterator[str]:
     """The rules of CSS that show the chosen word, and its maps: `--m0`, ... of the media, `--h1` of a heard window."""
     small = "".join(f"--p{number}:url({_make_strip(medium)});" for number, medium in enumerate(explanation.media))
     yield f":root{{{small}}}\n"
@@ -280,7 +251,7 @@ def _make_strip(medium: SeenFrames | HeardSound) -> str:
     return _to_uri(np.concatenate(photos, axis=1), "JPEG", quality=75)
 
 
-def _render_media(explanation: Explanation) -> Iterator[str]:
+def _render_media(explanation: "Explanation") -> Iterator[str]:
     """A block for every medium; a video and its sound share one, and its line of time."""
     media = list(enumerate(explanation.media))
     while media:
@@ -296,14 +267,13 @@ def _render_media(explanation: Explanation) -> Iterator[str]:
             picture = f'<img alt="{escape(medium.title)}" src="{photo}">'
             yield f'<section>{title}<div class="image">{picture}{heat}</div></section>'
         else:
-            axis, sound = (medium.start, medium.end), None
-            if media and isinstance(media[0][1], HeardSound) and media[0][1].title == f"sound of {medium.title}":
-                sound = media.pop(0)
-                if sound[1].parts:
-                    axis = min(axis[0], sound[1].start), max(axis[1], sound[1].end)
-            lane = _render_frames(number, medium, axis) + _render_ticks(axis, medium.is_seconds)
-            lane += _render_sound(*sound, axis) if sound else ""
-            window = _render_window(*sound) if sound else ""
+            axis, below, window = (medium.start, medium.end), "", ""
+            if media and isinstance(sound := media[0][1], HeardSound) and sound.title == f"sound of {medium.title}":
+                place, _ = media.pop(0)
+                if sound.parts:
+                    axis = min(axis[0], sound.start), max(axis[1], sound.end)
+                below, window = _render_sound(place, sound, axis), _render_window(place, sound)
+            lane = _render_frames(number, medium, axis) + _render_ticks(axis, medium.is_seconds) + below
             yield f"<section>{title}{_scroll(lane, 76 * len(medium.pictures))}{window}</section>"
 
 
@@ -344,7 +314,7 @@ def _render_frames(number: int, medium: SeenFrames, axis: tuple[float, float]) -
 
 def _render_ticks(axis: tuple[float, float], is_seconds: bool) -> str:
     unit = " s" if is_seconds else ""
-    ticks = (f"<span style=left:{20 * i}%>{time:.4g}{unit}</span>" for i, time in enumerate(np.linspace(*axis, 6)))
+    ticks = (f"<span style=left:{20 * i}%>{time:.3g}{unit}</span>" for i, time in enumerate(np.linspace(*axis, 6)))
     return f'<div class="ticks">{"".join(ticks)}</div>'
 
 
@@ -380,16 +350,18 @@ def _render_sound(number: int, medium: HeardSound, axis: tuple[float, float]) ->
 
 
 def _render_window(number: int, medium: HeardSound) -> str:
-    """The window as the model hears it, where that is not the sound as it is."""
+    """The window as it is heard, where that is not the sound as it is."""
     if medium.fills_window():
         return ""
     axis = 0.0, medium.seconds
     marks = "".join(f'<div class="mark" style="left:{_place(part.at, axis):.3f}%"></div>' for part in medium.parts[1:])
-    end = max((part.at + part.end - part.start for part in medium.parts), default=0.0)
+    heard = sum(part.end - part.start for part in medium.parts)
+    silence = f"silence from {heard:.1f} s on" if medium.seconds - heard > 0.05 else "no silence behind"
+    how = "parts one behind the other, " if len(medium.parts) > 1 else ""
     covered = 100 * medium.grid[0] * medium.step_seconds / medium.seconds
     photo = _to_uri(_to_grey(medium.features))
     return (
-        f'<p class="soft">As the model hears it: the parts one behind the other, silence from {end:.1f} s on</p>'
+        f'<p class="soft">As the model hears it: {how}{silence if medium.parts else "silence"}</p>'
         f'<div class="sound"><img alt="{escape(medium.title)} as heard" src="{photo}">{marks}'
         f'<div class="heat" style="width:{covered:.2f}%;background-image:var(--h{number})"></div></div>'
         f"{_render_ticks(axis, True)}"

@@ -24,7 +24,7 @@ from .feature_extraction_videollama2 import (
     resample_fourier,
 )
 from .generation_videollama2 import MODEL_INPUTS
-from .media_videollama2 import MediaError, read_audio_track, sample_range
+from .media_videollama2 import has_audio, read_audio_track, sample_range
 from .messages_videollama2 import prepare_messages
 from .processing_videollama2 import VideoLlama2Processor
 
@@ -305,10 +305,9 @@ def _read_part(extractor: VideoLlama2FeatureExtractor, clip: Any) -> np.ndarray:
         waveform = np.asarray(source, np.float64)
         waveform = (waveform if waveform.ndim == 1 else waveform[0])[first:last]
         return resample_fourier(waveform, round(len(waveform) * rate / own_rate)).astype(np.float32)
-    try:
-        return read_audio_track(source, rate, clip.start, clip.end)
-    except MediaError:  # no track
+    if not has_audio(source):
         return np.zeros(0, np.float32)
+    return read_audio_track(source, rate, clip.start, clip.end)
 
 
 def _compute_spectrogram(extractor: VideoLlama2FeatureExtractor, waveform: np.ndarray) -> np.ndarray:
