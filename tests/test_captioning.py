@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor
@@ -60,6 +62,33 @@ def test_an_interrupted_run_goes_on(session, folder, tmp_path):
     assert output.read_text() == whole
     assert (report.num_before, report.num_answered) == (1, 2)
     assert caption(session, media, output, "Why?", max_new_tokens=2).num_answered == 3  # another question
+
+
+def test_the_next_files_are_encoded_while_a_batch_is_answered(session, folder, tmp_path, monkeypatch):
+    paths = [str(shutil.copy(RECORDINGS / "wav" / "noise_2s_16k.flac", folder / f"{i}.flac")) for i in range(6)]
+    begun, answered = [], []
+    encode, answer = session.encode, session.answer
+
+    def encode_counted(block):
+        if isinstance(block["audio"], str):  # else it is encoded already
+            begun.append(block)
+        return encode(block)
+
+    def answer_when_encoded(conversations, **generation):
+        answered.append(len(conversations))
+        ready = min(2 + sum(answered), 6)  # one batch of one is answered, two are ahead
+        while len(begun) < ready:
+            time.sleep(0.01)
+        assert len(begun) <= 1 + ready
+        return answer(conversations, **generation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "encode", encode_counted)
+        patch.setattr(session, "answer", answer_when_encoded)
+        report = caption(session, paths, tmp_path / "out.parquet", "What is it?", batch_size=1, max_new_tokens=2)
+    assert report.num_answered == 6 and 0 < report.waiting_seconds < report.seconds
+    table = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [record["media"] for record in table] == paths
 
 
 def test_lists_of_files(folder):

@@ -3,14 +3,18 @@
 import glob
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from .session import Session
+from .session import EncodedMedia, Session
 
 
 MEDIA_SUFFIXES = {
@@ -78,11 +82,15 @@ class CaptionReport:
         num_answered: Files that were answered now.
         num_before: Files that the output had already.
         failed: Files that could not be read, and why.
+        seconds: How long it took.
+        waiting_seconds: How long of that the language model had to wait for media.
     """
 
     num_answered: int = 0
     num_before: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    waiting_seconds: float = 0.0
 
 
 def caption(
@@ -92,6 +100,7 @@ def caption(
     question: str = "Describe this in detail.",
     batch_size: int = 4,
     block_options: dict[str, Any] | None = None,
+    num_workers: int = 2,
     show_progress: bool | None = None,
     **generation: Any,
 ) -> CaptionReport:
@@ -104,12 +113,15 @@ def caption(
 
     Args:
         media: Paths, see [`list_media`].
-        output: A `.jsonl` file, written line by line.
+        output: A `.jsonl` file, written line by line; or a `.parquet` file, made at the end of the `.jsonl` file that
+            lies beside it, for which pyarrow is needed.
         block_options: Options of every video's content block (`num_frames`, `load_audio_from_video`, ...).
+        num_workers: Threads that read and encode the next files while a batch is answered.
         show_progress: Whether to show a bar. `None`: on a terminal.
         generation: Arguments of `generate`, such as `max_new_tokens`.
     """
-    output, report = Path(output), CaptionReport()
+    target, report = Path(output), CaptionReport()
+    output = target.with_suffix(".jsonl")
     done = _read_answered(output, question)
     waiting = [path for path in media if path not in done]
     report.num_before = len(media) - len(waiting)
@@ -119,17 +131,22 @@ def caption(
         tqdm(
             total=len(waiting), unit="clip", disable=None if show_progress is None else not show_progress
         ) as progress,
+        closing(_encode_ahead(session, waiting, block_options or {}, num_workers, batch_size)) as encoded,
     ):
+        started = time.perf_counter()
         for start in range(0, len(waiting), batch_size):
             paths = waiting[start : start + batch_size]
             conversations = []
             for path in paths:
+                asked = time.perf_counter()
+                future = next(encoded)
                 try:
-                    block = _make_block(path, block_options or {})
-                    session.encode(block)
+                    block = future.result()
                 except (OSError, ValueError) as error:
                     report.failed[path] = str(error)
                     continue
+                finally:
+                    report.waiting_seconds += time.perf_counter() - asked
                 conversations.append([{"role": "user", "content": [block, {"type": "text", "text": question}]}])
             readable = [path for path in paths if path not in report.failed]
             for path, answer in zip(readable, session.answer(conversations, **generation) if conversations else ()):
@@ -139,7 +156,36 @@ def caption(
                 report.num_answered += 1
             file.flush()
             progress.update(len(paths))
+        report.seconds = time.perf_counter() - started
+    if target.suffix == ".parquet":
+        from pyarrow import json as lines
+        from pyarrow import parquet
+
+        parquet.write_table(lines.read_json(output), target)
     return report
+
+
+def _encode_ahead(
+    session: Session, paths: list[str], options: dict[str, Any], num_workers: int, batch_size: int
+) -> Generator[Future[dict[str, Any]], None, None]:
+    """The content block of every file, encoded, in order; two batches ahead of what is taken."""
+
+    def encode(path: str) -> dict[str, Any]:
+        block = _make_block(path, options)
+        encoded: EncodedMedia = session.encode(block)
+        return {"type": block["type"], block["type"]: encoded}
+
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="encode")
+    ahead: deque[Future[dict[str, Any]]] = deque()
+    try:
+        for path in paths:
+            ahead.append(pool.submit(encode, path))
+            if len(ahead) > 2 * batch_size:
+                yield ahead.popleft()
+        while ahead:
+            yield ahead.popleft()
+    finally:  # after Ctrl-C too: what has not begun is not read any more
+        pool.shutdown(cancel_futures=True)
 
 
 def _make_block(path: str, options: dict[str, Any]) -> dict[str, Any]:

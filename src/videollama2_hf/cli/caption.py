@@ -12,7 +12,9 @@ def caption(
     media: Annotated[
         list[str], typer.Argument(help="Files, folders, patterns, or lists of paths (.txt, .jsonl, .parquet).")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .jsonl file; one that is there is gone on with.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A .jsonl or .parquet file; one that is there is gone on with.")
+    ],
     model: Model = "",
     question: Annotated[str, typer.Option(help="What is asked about each.")] = "Describe this in detail.",
     batch_size: Annotated[int, typer.Option(min=1, help="Files that are answered at once.")] = 4,
@@ -37,8 +39,8 @@ def caption(
     from ..captioning import list_media
 
     check_model(model)
-    if output.suffix != ".jsonl":
-        raise ValueError(f"--output must be a .jsonl file, got {str(output)!r}.")
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"--output must be a .jsonl or a .parquet file, got {str(output)!r}.")
     paths = [path for source in media for path in list_media(source)]
     options = {"num_frames": frames, "load_audio_from_video": False if no_audio else None}
     report = caption_files(
@@ -52,6 +54,9 @@ def caption(
     )
     before = f", {report.num_before} were there before" if report.num_before else ""
     typer.echo(f"{report.num_answered} of {len(paths)} answered{before}: {output}")
+    if report.num_answered:
+        rate, waiting = report.num_answered / report.seconds, report.waiting_seconds / report.seconds
+        typer.echo(f"{rate:.2f} files per second; the language model waited for media {waiting:.0%} of the time.")
     for path, reason in report.failed.items():
         typer.secho(f"{path}: {reason}", fg=typer.colors.RED, err=True)
     if report.failed:
