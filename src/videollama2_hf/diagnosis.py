@@ -216,9 +216,9 @@ def _check_devices() -> Iterator[Check]:
         )
     else:
         yield Check(section, "threads", "ok", value)
-    memory = _read_free_memory()
-    if memory is not None:
-        yield Check(section, "memory", "ok", f"{memory / 2**30:.1f} GiB free")
+    free_memory = _read_free_memory()
+    if free_memory is not None:
+        yield Check(section, "memory", "ok", f"{free_memory / 2**30:.1f} GiB free")
 
 
 def _read_cpu_flags() -> list[str]:

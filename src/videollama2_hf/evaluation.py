@@ -308,7 +308,7 @@ def _with_dialogue(raw: RawRow) -> RawRow:
 def _find_answer(raw: RawRow, answer: Any, options: dict[str, str]) -> str:
     """The letter of the right option."""
     letters = list(options)
-    if isinstance(answer, int) and 0 <= answer < len(letters):
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
         return letters[answer]
     texts = [letter for letter, text in options.items() if text == str(answer).strip()]
     letter = texts[0] if len(texts) == 1 else find_letter(str(answer), options)

@@ -105,13 +105,14 @@ def _encode(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Inputs and features (batch, tokens, width) of a batch of videos with their sound; both stay alive."""
     config, base, inputs, features = model.config, model.model, [], []
+    audio: Any = config.audio_config
     if num_frames != 0:
         config.num_visual_tokens("video", num_frames)  # refuses what the connector cannot take
         size = config.tower_config("video").image_size
         inputs.append(torch.empty(batch_size, num_frames or config.num_frames, 3, size, size))
         features.append(base.get_video_features(inputs[0]).pooler_output)
-    if hears and config.audio_config is not None:
-        inputs.append(torch.empty(batch_size, get_num_mel_frames(seconds), config.audio_config.num_mel_bins))
+    if hears and audio is not None:
+        inputs.append(torch.empty(batch_size, get_num_mel_frames(seconds), audio.num_mel_bins))
         features.append(base.get_audio_features(inputs[-1]).pooler_output)
     return inputs, features
 

@@ -120,7 +120,7 @@ def describe_model(
         audio: Any = config.audio_config
         num_mel_frames = get_num_mel_frames(chunk_length)
         tokens["audio"] = get_num_audio_tokens(num_mel_frames, audio.num_mel_bins, audio.patch_size)
-    inputs = {
+    inputs: dict[str, Any] = {
         "num_frames": config.num_frames if num_frames is None else num_frames,
         "hears": hears and seconds != 0,
         "num_new_tokens": num_new_tokens,
@@ -238,12 +238,13 @@ def _read_chunk_length(folder: Path) -> float:
 
 
 def _describe_parts(config: VideoLlama2Config) -> dict[str, str]:
-    text, audio = config.text_config, config.audio_config
+    text: Any = config.text_config
+    audio: Any = config.audio_config
     parts = {
         "language model": f"{text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, vocabulary "
         f"{text.vocab_size}, context {getattr(text, 'max_position_embeddings', 'unknown')}"
     }
-    towers = {"image tower": config.vision_config, "video tower": config.video_config}
+    towers: dict[str, Any] = {"image tower": config.vision_config, "video tower": config.video_config}
     if config.video_config is None:
         towers = {"vision tower": config.vision_config}
     for name, tower in towers.items():

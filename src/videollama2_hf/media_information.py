@@ -96,7 +96,7 @@ def describe_medium(
     if kind == "image":
         image = load_image(name)
         stream = {"type": "image", "codec": image.mode, "size": [image.width, image.height]}
-        information = MediumInformation(name, kind, size, Path(name).suffix.lstrip("."), [stream])
+        information = MediumInformation(name, kind, size, Path(name.partition("?")[0]).suffix.lstrip("."), [stream])
         media = None
     else:
         media = fetch_media(name)  # a URL once
@@ -115,11 +115,12 @@ def _read_streams(media: str | bytes, name: str) -> tuple[str, list[dict[str, An
     streams: list[dict[str, Any]] = []
     with open_media(media) as container:
         format = container.format.long_name
-        video, audio = container.streams.best("video"), container.streams.best("audio")
+        video: Any = container.streams.best("video")
+        audio: Any = container.streams.best("audio")
         if video is not None and not video.disposition & import_av().stream.Disposition.attached_pic:
             streams.append(_describe_video(media, _codec(video)))
         if audio is not None:
-            duration: Any = audio.duration * audio.time_base if audio.duration else (container.duration or 0) / 1e6
+            duration = audio.duration * audio.time_base if audio.duration else (container.duration or 0) / 1e6
             context = audio.codec_context
             stream = {"type": "audio", "codec": _codec(audio), "duration": float(duration)}
             streams.append(stream | {"sampling_rate": context.sample_rate, "channels": context.channels})

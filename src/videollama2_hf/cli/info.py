@@ -4,7 +4,7 @@ import json
 import os
 import re
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,7 +51,7 @@ def info(
     if is_checkpoint or (is_name and not os.path.exists(source)):
         if model is not None:
             raise ValueError("--model is for files: which model is to take them. Leave it out for a checkpoint.")
-        information = describe_model(source, revision, frames, seconds, new_tokens, batch_size)
+        information: Any = describe_model(source, revision, frames, seconds, new_tokens, batch_size)
     else:
         processor = None
         if model is not None or SMALL_MODEL.is_dir():
@@ -60,6 +60,8 @@ def info(
             options = {"revision": revision} if revision else {}
             processor = VideoLlama2Processor.from_pretrained(model or SMALL_MODEL, **options)
         information = describe_medium(source, processor, frames or None)
-        if processor is not None:
+        if processor is None:
+            information.notes.append("Pass --model MODEL to see what a model takes of it.")
+        else:
             information.taken["model"] = model or "the small model"
     typer.echo(json.dumps(asdict(information), ensure_ascii=False) if as_json else information.describe())
