@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shlex
-import sys
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -249,9 +248,9 @@ def test_documented_checks_of_data(here, capsys):
             assert not end.value.code and Path("row.png").stat().st_size > 1000
 
 
-def test_table_of_tokens():
+def test_table_of_tokens(monkeypatch):
     """docs/concepts/tokens.md against the formula and the shapes of the language models."""
-    sys.path.append(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from true_shapes import MISTRAL_7B, MIXTRAL_8X7B, QWEN2_7B, QWEN2_72B, VIDEO_LLAVA
 
     models = {
@@ -309,6 +308,26 @@ def test_reference_is_of_public_names():
     }.items():
         names = set(importlib.import_module(f"videollama2_hf{package}").__all__) - left_out
         assert not names - documented, names - documented
+
+
+def test_messages_of_this_package_are_quoted_as_they_are():
+    """Those of docs/troubleshooting.md that people search for; strings of the source are joined."""
+    page = " ".join(PAGES["troubleshooting.md"].split())
+    source = "".join(path.read_text() for path in (ROOT / "src" / "videollama2_hf").rglob("*.py"))
+    source = re.sub(r'"\n\s*f?"', "", source)
+    for message in (
+        "This model does not hear (has_audio=False)",
+        "The logits for token ",
+        "contain NaN or Inf. ",
+        "The usual cause is float16, which these models overflow: load with dtype=torch.bfloat16 (as trained) or",
+        "The window starts at ",
+        "s, but the video ends at ",
+        "tokens, but the model takes ",
+        "There is no file",
+        "does not say what it is",
+        "cannot be decoded",
+    ):
+        assert message in page and message in source, message
 
 
 def test_every_command_is_on_the_page_of_commands():
