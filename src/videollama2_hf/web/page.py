@@ -110,9 +110,12 @@ def build_page(models: Models, max_new_tokens: int) -> gr.Blocks:
         if examples:
             picked = conversation.example_select(_pick_example, outputs=[file, question], **private)
             answers.append(ask(show_file(picked.then).success))
-        question.stop(handlers.stop, [language], [question, status], cancels=answers, **private)
-        forgotten = {"inputs": talk, "outputs": [conversation, status, question, talk], "cancels": answers, **private}
-        gr.on([new.click, conversation.clear], handlers.forget, **forgotten)
+        # Not through the queue, whose messages to this user end with the answer that is stopped.
+        stopping: dict[str, Any] = {"cancels": answers, "queue": False, **private}
+        question.stop(handlers.stop, language, [question, status], **stopping)
+        gr.on(
+            [new.click, conversation.clear], handlers.forget, talk, [conversation, status, question, talk], **stopping
+        )
         loaded = model.change(handlers.load_model, [model, language], status, **one_at_a_time, **private)
         show_part(loaded.then)
 
