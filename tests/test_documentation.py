@@ -167,6 +167,7 @@ def run(words: list[str], monkeypatch) -> None:
     elif words[0] == "export":
         monkeypatch.setenv(*words[1].split("=", 1))
     elif words[0] == "videollama2":
+        assert words[1] not in ("serve", "web"), "runs until it is stopped: its page belongs into ELSEWHERE"
         if "fine-tuned" in words:
             VideoLlama2ForConditionalGeneration.from_pretrained("converted").save_pretrained("fine-tuned")
         if words[1] == "train" and "--estimate" not in words:
