@@ -1,6 +1,7 @@
 """`videollama2 ask` and `videollama2 chat`, as they are called."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -44,13 +45,24 @@ def test_options_reach_the_media(capsys):
     [
         (["What?", "nowhere.mp4", "--model", MODEL], "There is no file 'nowhere.mp4'"),
         (["What?", MODEL + "/config.json", "--model", MODEL], "does not say what it is"),
-        (["What?", CLIP], "--model"),
         (["What?", CLIP, "--model", MODEL, "--start", "9", "--end", "12"], "9"),
     ],
 )
 def test_wrong_input_is_one_message_and_code_2(capsys, arguments, message):
     code, _, err = run(capsys, "ask", *arguments)
     assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_without_a_model_the_small_one_answers(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("videollama2_hf.cli.ask.SMALL_MODEL", tmp_path / "none")
+    code, _, err = run(capsys, "ask", "What?", CLIP)
+    assert code == 2 and "without the small model" in err and "--model FOLDER" in err
+    monkeypatch.setattr("videollama2_hf.cli.ask.SMALL_MODEL", Path(MODEL))
+    monkeypatch.setattr("videollama2_hf.cli.ask.EXAMPLE_CLIP", Path(CLIP))
+    code, out, err = run(capsys, "ask", "--json", "--max-new-tokens", "2")
+    record = json.loads(out)
+    assert code == 0 and "name a checkpoint" in err and "the clip it comes with" in err
+    assert (record["model"], record["media"]) == (MODEL, [CLIP])
 
 
 def test_blocks():

@@ -69,7 +69,17 @@ def make_block(
 
 
 def introduce_small_model(media: list[str]) -> str:
-    """Says who will answer when no model is named, and returns its folder."""
+    """
+    Says who will answer when no model is named, and returns its folder.
+
+    Raises:
+        FileNotFoundError: This copy of the package has no small model.
+    """
+    if not SMALL_MODEL.is_dir():
+        raise FileNotFoundError(
+            "This copy of the package comes without the small model. Name a checkpoint: --model FOLDER, or the name of a "
+            "Hub repository."
+        )
     about = " about the clip it comes with" if media == [str(EXAMPLE_CLIP)] else ""
     typer.secho(
         f"No --model given: the small model of 10 million parameters answers{about}. It knows nothing but coloured "
