@@ -77,8 +77,8 @@ def introduce_small_model(media: list[str]) -> str:
     """
     if not SMALL_MODEL.is_dir():
         raise FileNotFoundError(
-            "This copy of the package comes without the small model. Name a checkpoint: --model FOLDER, or the name of "
-            "a Hub repository."
+            "This copy of the package comes without the small model. Name a checkpoint: --model FOLDER, or the name "
+            "of a Hub repository."
         )
     about = " about the clip it comes with" if media == [str(EXAMPLE_CLIP)] else ""
     typer.secho(
