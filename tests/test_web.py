@@ -25,6 +25,7 @@ from videollama2_hf.web.texts import EXAMPLE_QUESTIONS, TEXTS, choose_language
 
 
 NUM_NEW_TOKENS = 16
+PACE = {"seconds": 0.03}  # that a token takes, as of a larger model
 QUESTION = "What moves, and in which direction?"
 
 
@@ -73,7 +74,7 @@ def sessions(folder):
 def address(folder, media, sessions):
     def take_time(module, inputs):
         if isinstance(module, VideoLlama2ForConditionalGeneration):
-            time.sleep(0.03)  # a token of a large model
+            time.sleep(PACE["seconds"])
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -289,13 +290,16 @@ def test_another_model_and_a_new_conversation(visit, media, sessions):
     assert wait_for_answer(window) == answer and window.locator("#conversation [data-testid=user]").count() == 2
 
 
-def test_a_stopped_answer_is_no_turn(visit, media, sessions):
+def test_a_stopped_answer_is_no_turn(visit, media, sessions, monkeypatch):
     window = visit()
     choose(window, media["one.mp4"])
+    monkeypatch.setitem(PACE, "seconds", 0.5)
     send(window, QUESTION)
     window.wait_for_selector("#conversation [data-testid=bot]")
     window.click("#question [data-testid=stop-button]")
     window.wait_for_function(f"document.querySelector('#status').innerText == {TEXTS['en']['stopped']!r}")
+    monkeypatch.setitem(PACE, "seconds", 0.03)
+    window.wait_for_selector("#question [data-testid=submit-button]")
     send(window, QUESTION)
     expected = expect(sessions["first"].chat(), QUESTION, video(media["one.mp4"]))
     assert wait_for_answer(window, 2) == expected

@@ -29,6 +29,7 @@ class Talk:
         chat: The conversation.
         about: The model of the conversation, and the content block that it is about.
         question: What is to be answered next.
+        is_stopped: Whether that answer is to end early.
     """
 
     path: str | None = None
@@ -36,6 +37,7 @@ class Talk:
     chat: Chat | None = None
     about: tuple[str, dict[str, Any]] | None = None
     question: str = ""
+    is_stopped: bool = False
 
 
 class Models:
@@ -134,7 +136,7 @@ class Handlers:
             except (ValueError, OSError, RuntimeError) as error:
                 return gr.skip(), gr.skip(), _problem(texts["no_model"], str(error)), talk
             history = [*history, {"role": "user", "content": _describe(about[1], texts)}]
-        talk.question = question.strip()
+        talk.question, talk.is_stopped = question.strip(), False
         history = [*history, {"role": "user", "content": _as_text(talk.question)}]
         return gr.update(value="", interactive=False, submit_btn=False, stop_btn=True), history, "", talk
 
@@ -147,7 +149,7 @@ class Handlers:
         chat, media = talk.chat, [] if talk.chat.messages else [talk.about[1]]
         try:
             with closing(chat.stream(talk.question, *media, max_new_tokens=self.max_new_tokens)) as stream:
-                while answer is None:
+                while not talk.is_stopped:
                     try:
                         text += next(stream)
                     except StopIteration as end:
@@ -159,16 +161,22 @@ class Handlers:
         except (ValueError, OSError) as error:
             yield history, _problem(texts["failed"], _name_file(error, talk.path)), talk
         else:
-            yield [*history, {"role": "assistant", "content": answer.text}], _describe_answer(answer, texts), talk
+            if talk.chat is not chat:  # forgotten meanwhile
+                yield [], "", talk
+            elif answer is None:
+                said = [{"role": "assistant", "content": text.strip()}] if text else []
+                yield [*history, *said], texts["stopped"], talk
+            else:
+                yield [*history, {"role": "assistant", "content": answer.text}], _describe_answer(answer, texts), talk
 
-    def stop(self, language: str) -> tuple[Any, str]:
-        """An answer was stopped: the box for the next question, the line below the conversation."""
-        return take_questions(), TEXTS[language]["stopped"]
+    def stop(self, talk: Talk) -> None:
+        """The answer is to end early."""
+        talk.is_stopped = True
 
-    def forget(self, talk: Talk) -> tuple[list, str, Any, Talk]:
-        """A new conversation: the one on the page, the line below it, the box for the next question, the talk."""
-        talk.chat = None
-        return [], "", take_questions(), talk
+    def forget(self, talk: Talk) -> tuple[list, str]:
+        """A new conversation: the one on the page, the line below it."""
+        talk.chat, talk.is_stopped = None, True
+        return [], ""
 
 
 def take_questions() -> Any:

@@ -88,7 +88,7 @@ def build_page(models: Models, max_new_tokens: int) -> gr.Blocks:
             options = {"trigger_mode": "always_last", "show_progress": "hidden", "concurrency_limit": 2, **private}
             event(handlers.show_part, [start, end, model, language, talk], preview, **options)
 
-        def ask(event: Any) -> Any:
+        def ask(event: Any) -> None:
             inputs = [question, start, end, model, language, conversation, talk]
             asked = event(handlers.begin_turn, inputs, [question, conversation, status, talk], **private)
             answering = asked.success(
@@ -99,23 +99,19 @@ def build_page(models: Models, max_new_tokens: int) -> gr.Blocks:
                 **private,
             )
             answering.then(take_questions, outputs=question, queue=False, **private)
-            return answering
 
         one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1}
         show_file(file.upload)
         show_file(file.clear)
         show_part(start.input)
         show_part(end.input)
-        answers = [ask(question.submit)]
+        ask(question.submit)
         if examples:
             picked = conversation.example_select(_pick_example, outputs=[file, question], **private)
-            answers.append(ask(show_file(picked.then).success))
-        # Not through the queue, whose messages to this user end with the answer that is stopped.
-        stopping: dict[str, Any] = {"cancels": answers, "queue": False, **private}
-        question.stop(handlers.stop, language, [question, status], **stopping)
-        gr.on(
-            [new.click, conversation.clear], handlers.forget, talk, [conversation, status, question, talk], **stopping
-        )
+            ask(show_file(picked.then).success)
+        # A flag, and not Gradio's `cancels`, which leaves "Error" on the page and may lose the next answer.
+        question.stop(handlers.stop, talk, queue=False, **private)
+        gr.on([new.click, conversation.clear], handlers.forget, talk, [conversation, status], queue=False, **private)
         loaded = model.change(handlers.load_model, [model, language], status, **one_at_a_time, **private)
         show_part(loaded.then)
 
