@@ -28,7 +28,7 @@ def build_page(models: Models, max_new_tokens: int) -> gr.Blocks:
         max_new_tokens: Longest answer, in tokens.
     """
     handlers, texts = Handlers(models, max_new_tokens), TEXTS["en"]
-    examples = [{"text": question} for question in EXAMPLE_QUESTIONS] if EXAMPLE_CLIP.exists() else None
+    examples: list | None = [{"text": question} for question in EXAMPLE_QUESTIONS] if EXAMPLE_CLIP.exists() else None
     # Conversations hold key-value caches, and uploads lie on the disk: both go a day after their last use at most.
     with gr.Blocks(title="VideoLLaMA 2", analytics_enabled=False, delete_cache=(3600, _DAY)) as page:
         talk = gr.State(Talk(), time_to_live=_DAY)
@@ -100,7 +100,7 @@ def build_page(models: Models, max_new_tokens: int) -> gr.Blocks:
             )
             answering.then(take_questions, outputs=question, queue=False, **private)
 
-        one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1}
+        one_at_a_time: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         show_file(file.upload)
         show_file(file.clear)
         show_part(start.input)

@@ -49,7 +49,7 @@ def make_block(path: str, start: float = 0.0, end: float = math.inf, duration: f
     Args:
         duration: Of the file, from [`find_duration`]. Where it is not known the whole file is meant.
     """
-    kind = find_kind(path)
+    kind = str(find_kind(path))
     block: dict[str, Any] = {"type": kind, kind: path}
     if duration is None:
         return block
