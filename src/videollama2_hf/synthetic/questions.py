@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .world import COLOURS, DIRECTIONS, INSTRUMENTS, SHAPES, SINGLE_SOUNDS, Clip, Sound, Thing
+from .world import COLOURS, DIRECTIONS, INSTRUMENTS, SECONDS, SHAPES, SINGLE_SOUNDS, Clip, Sound, Thing
 
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 TIMES = ("near the start", "in the middle", "near the end")
 TEXTURES = ("plain", "striped")
+# Thirds of the frame, the middle one narrower: by row, then by column.
+PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+_EDGES = (0.4, 0.6)
 YES_NO = ("no", "yes")
 
 # Skill -> templates. Every skill is a row of the evaluation's table.
@@ -43,6 +46,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "colour before": ("What {colour} is the {shape} at first?", "Which {colour} does the {shape} have at the start?"),
     "colour after": ("What {colour} is the {shape} at last?", "Which {colour} does the {shape} turn into?"),
     "position": ("What is on the {side}?", "Which object is on the {side}?"),
+    "place": ("Where is the {colour_name} {shape}?", "At which place is the {colour_name} {shape}?"),
+    "place at first": ("Where is the {colour_name} {shape} at first?", "Where does the {colour_name} {shape} start?"),
+    "place at last": ("Where is the {colour_name} {shape} at last?", "Where does the {colour_name} {shape} end?"),
     "sound": ("What do you hear?", "Which sound do you hear?", "What can be heard?"),
     "low or high": ("Is the tone low or high?", "Do you hear a low or a high tone?"),
     "rising or falling": ("Does the tone rise or fall?", "Is the tone rising or falling?"),
@@ -67,7 +73,7 @@ AUDIO_SKILLS = ("sound", "low or high", "rising or falling", "beeps", "time of s
 AUDIO_VISUAL_SKILLS = ("match", "synchrony", "same number", "object with the sound")
 SKILLS = tuple(TEMPLATES)
 # Those that one frame can answer.
-STILL_SKILLS = ("colour", "shape", "texture", "colour of two", "shape of two", "count", "position")
+STILL_SKILLS = ("colour", "shape", "texture", "colour of two", "shape of two", "count", "position", "place")
 
 CAPTION_REQUESTS = {
     "image": ("Describe the image.", "What do you see?", "Describe what you see."),
@@ -108,6 +114,27 @@ def _the(thing: Thing) -> str:
 
 def _a(thing: Thing) -> str:
     return f"a striped {thing.name}" if thing.striped else f"a {thing.name}"
+
+
+def _position(thing: Thing, time: float) -> tuple[float, float]:
+    times, xs, ys = zip(*thing.path)
+    return float(np.interp(time, times, xs)), float(np.interp(time, times, ys))
+
+
+def _place(thing: Thing, time: float) -> str:
+    x, y = _position(thing, time)
+    return PLACES[3 * sum(y > edge for edge in _EDGES) + sum(x > edge for edge in _EDGES)]
+
+
+def _at(thing: Thing, time: float = 0.0) -> str:
+    """`at the top left`, `in the middle`."""
+    place = _place(thing, time)
+    return "in the middle" if place == "middle" else f"at the {place}"
+
+
+def _is_clear(thing: Thing, time: float) -> bool:
+    """Whether a thing is not between two places."""
+    return all(abs(coordinate - edge) > 0.03 for coordinate in _position(thing, time) for edge in _EDGES)
 
 
 def _time(slot: int | None) -> str:
@@ -152,6 +179,15 @@ def _seen_answers(clip: Clip) -> list[tuple[str, Thing, str, tuple[str, ...]]]:
         answers.append(("time of event", first, _time(clip.slot), TIMES))
     if clip.scene in ("order", "pair"):
         answers += [("position", thing, _the(thing), distinct) for thing in things]
+    moves = clip.scene in ("move", "bounce", "collide")
+    for thing in things:
+        if distinct.count(_the(thing)) > 1 or clip.scene == "change":
+            continue
+        if not moves and _is_clear(thing, 0.0):
+            answers.append(("place", thing, _place(thing, 0.0), PLACES))
+        for skill, time in (("place at first", 0.0), ("place at last", SECONDS)) if moves else ():
+            if _is_clear(thing, time):
+                answers.append((skill, thing, _place(thing, time), PLACES))
     return answers
 
 
@@ -244,15 +280,16 @@ def describe_picture(clip: Clip, still: bool = False) -> str:
     first, last = clip.things[0], clip.things[-1]
     if clip.scene == "count" or still:
         count = len(clip.things)
-        names = [_a(thing) for thing in clip.things]
+        names = [f"{_a(thing)} {_at(thing, SECONDS / 2)}" for thing in clip.things]
         listed = names[0] if count == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
         return f"there {'is' if count == 1 else 'are'} {NUMBERS[count]} object{'' if count == 1 else 's'}: {listed}"
     if clip.scene == "move":
         direction = tuple(DIRECTIONS)[clip.variant]
-        stands = f" and {_a(last)} stands still" if len(clip.things) == 2 else ""
-        return f"{_a(first)} moves {direction}{stands}"
+        stands = f" and {_a(last)} stands {_at(last)}" if len(clip.things) == 2 else ""
+        places = f"from the {_place(first, 0.0)} to the {_place(first, SECONDS)}"
+        return f"{_a(first)} moves {direction} {places}{stands}"
     if clip.scene == "order":
-        return f"first {_a(first)} appears, then {_a(last)}"
+        return f"first {_a(first)} appears {_at(first)}, then {_a(last)} {_at(last)}"
     if clip.scene == "bounce":
         return f"{_a(first)} bounces {_time(clip.slot)}"
     if clip.scene == "collide":

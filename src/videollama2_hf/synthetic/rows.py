@@ -111,6 +111,10 @@ def draw_caption_row(generator: np.random.Generator, mix: Mapping[str, float], h
 def _is_told(clip: Clip, question: Question) -> bool:
     if question.skill == "position":
         return clip.scene == "pair"
+    if question.skill == "place":
+        return clip.scene in ("count", "order")
+    if question.skill in ("place at first", "place at last"):  # of a thing that stands beside it, too
+        return clip.scene == "move"
     if question.skill == "mover" or question.skill == "time of event":
         return True
     return question.skill not in _UNTOLD
