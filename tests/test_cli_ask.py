@@ -56,10 +56,10 @@ def test_wrong_input_is_one_message_and_code_2(capsys, arguments, message):
 
 def test_without_a_model_the_small_one_answers(capsys, monkeypatch, tmp_path):
     commands = sys.modules["videollama2_hf.cli.ask"]  # the attribute of that name is the command
-    monkeypatch.setattr(commands, "SMALL_MODEL", tmp_path / "none")
+    monkeypatch.setattr("videollama2_hf.assets.SMALL_MODEL", tmp_path / "none")
     code, _, err = run(capsys, "ask", "What?", CLIP)
     assert code == 2 and "without the small model" in err and "--model FOLDER" in err
-    monkeypatch.setattr(commands, "SMALL_MODEL", Path(MODEL))
+    monkeypatch.setattr("videollama2_hf.assets.SMALL_MODEL", Path(MODEL))
     monkeypatch.setattr(commands, "EXAMPLE_CLIP", Path(CLIP))
     code, out, err = run(capsys, "ask", "--json", "--max-new-tokens", "2")
     record = json.loads(out)

@@ -138,8 +138,8 @@ def here(folder, tmp_path, monkeypatch) -> Path:
 
     monkeypatch.setattr(VideoLlama2ForConditionalGeneration, "generate", short)
     if not assets.SMALL_MODEL.is_dir():
+        monkeypatch.setattr(assets, "SMALL_MODEL", folder / "small")
         for module in (assets, importlib.import_module("videollama2_hf.cli.ask")):
-            monkeypatch.setattr(module, "SMALL_MODEL", folder / "small")
             monkeypatch.setattr(module, "EXAMPLE_CLIP", folder / "holiday.mp4")
     monkeypatch.setattr("typer.prompt", lambda *args, **kwargs: "/quit")
     return tmp_path

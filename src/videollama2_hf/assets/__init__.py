@@ -13,4 +13,19 @@ SMALL_MODEL = _FOLDER / "small_model"
 EXAMPLE_CLIP = _FOLDER / "clip.mp4"
 
 
-__all__ = ["EXAMPLE_CLIP", "SMALL_MODEL"]
+def get_small_model() -> str:
+    """
+    The folder of the small model, for commands that are given no other.
+
+    Raises:
+        FileNotFoundError: This copy of the package has no small model.
+    """
+    if not SMALL_MODEL.is_dir():
+        raise FileNotFoundError(
+            "This copy of the package comes without the small model. Name a checkpoint: --model FOLDER, or the name "
+            "of a Hub repository."
+        )
+    return str(SMALL_MODEL)
+
+
+__all__ = ["EXAMPLE_CLIP", "SMALL_MODEL", "get_small_model"]

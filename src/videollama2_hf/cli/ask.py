@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..assets import EXAMPLE_CLIP, SMALL_MODEL
+from ..assets import EXAMPLE_CLIP, get_small_model
 
 
 if TYPE_CHECKING:
@@ -75,11 +75,7 @@ def introduce_small_model(media: list[str]) -> str:
     Raises:
         FileNotFoundError: This copy of the package has no small model.
     """
-    if not SMALL_MODEL.is_dir():
-        raise FileNotFoundError(
-            "This copy of the package comes without the small model. Name a checkpoint: --model FOLDER, or the name "
-            "of a Hub repository."
-        )
+    folder = get_small_model()
     about = " about the clip it comes with" if media == [str(EXAMPLE_CLIP)] else ""
     typer.secho(
         f"No --model given: the small model of 10 million parameters answers{about}. It knows nothing but coloured "
@@ -87,7 +83,7 @@ def introduce_small_model(media: list[str]) -> str:
         dim=True,
         err=True,
     )
-    return str(SMALL_MODEL)
+    return folder
 
 
 def load_session(model: str, revision: str | None, dtype: str | None) -> "Session":
@@ -158,7 +154,7 @@ def ask(
     session = load_session(model or introduce_small_model(media), revision, dtype)
     if as_json:
         answer = session.ask(question, *blocks, max_new_tokens=max_new_tokens)
-        record = {"question": question, "media": media, "model": model or str(SMALL_MODEL), **asdict(answer)}
+        record = {"question": question, "media": media, "model": model or get_small_model(), **asdict(answer)}
         typer.echo(json.dumps(record, ensure_ascii=False))
     else:
         answer = say(session.chat(), question, blocks, max_new_tokens)

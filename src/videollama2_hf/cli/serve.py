@@ -42,7 +42,7 @@ def serve(
         videollama2 serve
         videollama2 serve --model converted --host 0.0.0.0 --port 9000 --allow-host media.example.org
     """
-    from ..assets import SMALL_MODEL
+    from ..assets import get_small_model
 
     try:
         from ..serving import Limits
@@ -59,7 +59,7 @@ def serve(
         max_new_tokens=max_new_tokens,
     )
     run(
-        model or SMALL_MODEL,
+        model or get_small_model(),
         host=host,
         port=port,
         limits=limits,

@@ -32,7 +32,7 @@ def web(
         videollama2 web
         videollama2 web --model converted --model another --host 0.0.0.0 --port 8000
     """
-    from ..assets import SMALL_MODEL
+    from ..assets import get_small_model
     from ..web import launch
 
-    launch(model or [str(SMALL_MODEL)], host, port, share, max_upload_mb, max_new_tokens)
+    launch(model or [get_small_model()], host, port, share, max_upload_mb, max_new_tokens)
