@@ -54,6 +54,15 @@ def test_wrong_input_is_one_message_and_code_2(capsys, arguments, message):
     assert code == 2 and message in err and "Traceback" not in err
 
 
+def test_broken_logits_are_one_message_and_code_1(capsys, monkeypatch):
+    def break_logits(*args, **kwargs):
+        raise FloatingPointError("The logits are not numbers.")
+
+    monkeypatch.setattr(sys.modules["videollama2_hf.cli.ask"], "load_session", break_logits)
+    code, _, err = run(capsys, "ask", "What?", CLIP, "--model", MODEL)
+    assert code == 1 and err == "Error: The logits are not numbers.\n"
+
+
 def test_without_a_model_the_small_one_answers(capsys, monkeypatch, tmp_path):
     commands = sys.modules["videollama2_hf.cli.ask"]  # the attribute of that name is the command
     monkeypatch.setattr("videollama2_hf.assets.SMALL_MODEL", tmp_path / "none")

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in arguments:
             raise
         _fail(error, 2)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, FloatingPointError) as error:
         if "--debug" in arguments:
             raise
         _fail(error, 1)
