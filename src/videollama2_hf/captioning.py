@@ -198,19 +198,24 @@ def _make_block(path: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_answered(output: Path, question: str) -> set[str]:
-    """Files with a whole line; the rest of a line that an interruption left is cut off."""
-    if not output.exists():
-        return set()
-    content = output.read_bytes()
+    """Files with a whole line."""
+    return {record["media"] for record in _records(output) if record.get("question") == question}
+
+
+def read_whole_lines(path: Path) -> list[str]:
+    """The lines of a file that is gone on with; the rest of a line that an interruption left is cut off the file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) != len(content):
-        with open(output, "r+b") as file:
+        with open(path, "r+b") as file:
             file.truncate(len(whole))
-    return {record["media"] for record in _records(whole, output) if record.get("question") == question}
+    return whole.decode("utf-8").splitlines()
 
 
-def _records(content: bytes, output: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(content.decode("utf-8").splitlines()):
+def _records(output: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(read_whole_lines(output)):
         try:
             record = json.loads(line)
             record["media"]
@@ -221,4 +226,4 @@ def _records(content: bytes, output: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-__all__ = ["MEDIA_SUFFIXES", "CaptionReport", "caption", "find_kind", "list_media"]
+__all__ = ["MEDIA_SUFFIXES", "CaptionReport", "caption", "find_kind", "list_media", "read_whole_lines"]

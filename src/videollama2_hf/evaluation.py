@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from .captioning import read_whole_lines
 from .scoring import EvaluationReport, History, find_letter, find_options, score
 from .session import MEDIA_TYPES, Answer, Session
 from .training.data import RawRow, Rows, load_rows
@@ -250,16 +251,9 @@ def _plan(
 
 def _read_done(output: Path, settings: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
     """Results of the output by row and turn; the rest of a line that an interruption left is cut off."""
-    if not output.exists():
-        return {}
-    content = output.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) != len(content):
-        with open(output, "r+b") as file:
-            file.truncate(len(whole))
     wanted = json.loads(json.dumps(settings, default=str))
     results = {}
-    for number, line in enumerate(whole.decode("utf-8").splitlines()):
+    for number, line in enumerate(read_whole_lines(output)):
         try:
             result = json.loads(line)
             place, before = _place(result), result["settings"]
