@@ -76,10 +76,11 @@ def introduce_small_model(media: list[str]) -> str:
         FileNotFoundError: This copy of the package has no small model.
     """
     folder = get_small_model()
-    about = " about the clip it comes with" if media == [str(EXAMPLE_CLIP)] else ""
+    about = f" about its own clip, {EXAMPLE_CLIP}" if media == [str(EXAMPLE_CLIP)] else ""
     typer.secho(
-        f"No --model given: the small model of 10 million parameters answers{about}. It knows nothing but coloured "
-        "shapes and simple sounds; for the real world name a checkpoint, such as --model FOLDER.",
+        f"No --model given: the small model that comes with the package answers{about}. It knows nothing but coloured "
+        "shapes and simple sounds. A real checkpoint is one option away: --model DAMO-NLP-SG/VideoLLaMA2.1-7B-AV "
+        "(17 GB), or any folder.",
         dim=True,
         err=True,
     )

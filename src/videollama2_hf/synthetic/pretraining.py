@@ -2,8 +2,8 @@
 Stage 0: the parts that the published recipe takes ready-made (vision tower, audio tower, language model) learn the
 world's alphabet first.
 
-The vision tower learns which colour, shape and texture every patch shows; the audio tower which sound begins and is
-there at every sixth of a second; the language model to answer questions about captions.
+The vision tower learns which colour, shape and texture every patch shows, and where it lies; the audio tower which
+sound begins and is there at every sixth of a second; the language model to answer questions about captions.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 from torch.utils.data import Dataset
 
 from .dataset import draw_media
@@ -86,8 +86,17 @@ def label_patches(description: dict[str, torch.Tensor], side: int, patch_size: i
     return {**labels, "centre": centre, "present": present.clamp(max=1), "number": visible.sum(dim=1)}
 
 
+_COSINE_SCALE = 8.0
+
+
 class VisionPretraining(nn.Module):
-    """The vision tower with heads on the layer that the connector reads, and on the last one."""
+    """
+    The vision tower with heads on the layer that the connector reads, and on the last one.
+
+    The heads for row and column see the cosine between a patch and each of them. A linear head is content with a trace
+    of the place, of which a connector that learns from few clips finds nothing; this one wants it as strong as what
+    the patch shows.
+    """
 
     def __init__(self, tower: nn.Module, layer: int = -2):
         super().__init__()
@@ -95,6 +104,10 @@ class VisionPretraining(nn.Module):
         config: Any = tower.config
         sizes = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "texture": 3, "centre": 2}
         self.heads = nn.ModuleDict({name: nn.Linear(config.hidden_size, size) for name, size in sizes.items()})
+        side = config.image_size // config.patch_size
+        self.places = nn.ParameterDict(
+            {name: nn.Parameter(torch.randn(side, config.hidden_size)) for name in ("row", "column")}
+        )
         self.present = nn.Linear(config.hidden_size, len(COLOURS) * len(SHAPES))
         self.number = nn.Linear(config.hidden_size, MAX_THINGS + 1)
 
@@ -115,6 +128,12 @@ class VisionPretraining(nn.Module):
             loss = loss + cross_entropy(logits, target, weight)
             asked = target > 0
             accuracies[name] = (logits.argmax(dim=1) == target)[asked].float().mean().detach()
+        patches = torch.arange(features.shape[1], device=features.device)
+        side = len(self.places["row"])
+        for name, target in (("row", patches // side), ("column", patches % side)):
+            cosines = normalize(features.float(), dim=-1) @ normalize(self.places[name], dim=-1).T
+            place_loss = cross_entropy(_COSINE_SCALE * cosines.flatten(0, 1), target.repeat(len(features)))
+            loss, accuracies[name] = loss + 0.5 * place_loss, place_loss.detach()
         return {"loss": loss, **accuracies}
 
 

@@ -66,7 +66,7 @@ TEXTS: dict[str, dict[str, str]] = {
 }
 
 # About the clip that the package brings along. Its model speaks English only.
-EXAMPLE_QUESTIONS = ("What do you see and hear?", "What do you see?", "What do you hear?")
+EXAMPLE_QUESTIONS = ("What do you see and hear?", "What moves, and in which direction?", "What do you hear?")
 
 
 def choose_language(accepted: str) -> str:
