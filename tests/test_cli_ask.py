@@ -72,7 +72,7 @@ def test_without_a_model_the_small_one_answers(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(commands, "EXAMPLE_CLIP", Path(CLIP))
     code, out, err = run(capsys, "ask", "--json", "--max-new-tokens", "2")
     record = json.loads(out)
-    assert code == 0 and "name a checkpoint" in err and "the clip it comes with" in err
+    assert code == 0 and "--model DAMO-NLP-SG/" in err and f"its own clip, {CLIP}" in err
     assert (record["model"], record["media"]) == (MODEL, [CLIP])
 
 
