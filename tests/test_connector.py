@@ -1,5 +1,6 @@
 """Connectors against recordings of the original, every type on several grids."""
 
+import copy
 import json
 from pathlib import Path
 from typing import get_args
@@ -8,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
+from torch import nn
 
 from videollama2_hf.configuration_videollama2 import (
     ConnectorType,
@@ -16,7 +18,7 @@ from videollama2_hf.configuration_videollama2 import (
     get_connector_output_size,
     get_num_visual_tokens,
 )
-from videollama2_hf.connector_videollama2 import build_connector
+from videollama2_hf.connector_videollama2 import BlockConv3d, PointwiseConv2d, build_connector
 
 
 GOLDENS = Path(__file__).parent / "goldens" / "connector_only"
@@ -137,6 +139,27 @@ def test_audio_towers_that_cannot_run_are_refused(kwargs, message):
 def test_unknown_type_names_the_allowed_ones():
     with pytest.raises(ValueError, match="'qformer'; choose one of stc_connector, .*frame_mlp2x_gelu"):
         get_connector_output_size("qformer", 8, 4, 4)
+
+
+@pytest.mark.parametrize("connector_type", ["stc_connector", "stc_connector_v35", "stp_connector", "spatial_conv"])
+@pytest.mark.parametrize(("num_frames", "side"), [(4, 4), (5, 5)])  # whole windows of the sampler, and a rest
+def test_products_of_matrices_equal_convolutions(connector_type, num_frames, side):
+    """Outputs and gradients, against timm's RegStage and torch's convolutions as they are."""
+    torch.manual_seed(0)
+    ours = build_connector(make_config(connector_type, 32, 32, connector_depth=2)).double()
+    theirs = copy.deepcopy(ours)
+    replaced = {PointwiseConv2d: nn.Conv2d, BlockConv3d: nn.Conv3d}
+    classes = [type(module) for module in theirs.modules()]
+    assert (BlockConv3d in classes) != (connector_type == "stp_connector")
+    assert (PointwiseConv2d in classes) != (connector_type == "spatial_conv")
+    for module in theirs.modules():
+        module.__class__ = replaced.get(type(module), type(module))
+    features = torch.randn(2, num_frames, side**2, 32, dtype=torch.double)
+    torch.testing.assert_close(ours(features), theirs(features), atol=1e-12, rtol=1e-12)
+    for connector in (ours, theirs):
+        connector(features).square().sum().backward()
+    for (name, parameter), reference in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-10, rtol=1e-10, msg=name)
 
 
 def test_gradient_checkpointing_changes_nothing():
