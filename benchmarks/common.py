@@ -1,15 +1,18 @@
 """What benchmarks share: measuring variants in turns, and writing tables of ratios as JSON and Markdown."""
 
+import ctypes
+import gc
 import json
 import os
 import platform
 import resource
 import statistics
+import threading
+import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 
@@ -32,9 +35,9 @@ def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, di
     measured: dict[str, dict[str, Any]] = {name: {"cpu": [], "wall": []} for name in variants}
     for _ in range(rounds):
         for name, variant in variants.items():
-            cpu, wall = cpu_seconds(), perf_counter()
+            cpu, wall = cpu_seconds(), time.perf_counter()
             measured[name]["result"] = variant()
-            measured[name]["wall"].append(perf_counter() - wall)
+            measured[name]["wall"].append(time.perf_counter() - wall)
             measured[name]["cpu"].append(cpu_seconds() - cpu)
     return measured
 
@@ -43,6 +46,63 @@ def ratios(ours: list[float], reference: list[float]) -> tuple[float, float, flo
     """Median, smallest and largest of how many times more the reference takes, round by round."""
     values = [b / max(a, 1e-9) for a, b in zip(ours, reference, strict=True)]
     return statistics.median(values), min(values), max(values)
+
+
+def peak_memory(function: Callable[[], Any]) -> tuple[Any, int]:
+    """Result of a call, and by how many bytes the memory of the process grew during it, at most."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system and is not used again unseen
+    libc.malloc_trim(0)
+    pages, stop, peak = os.sysconf("SC_PAGE_SIZE"), threading.Event(), 0
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * pages
+
+    before = resident()
+
+    def watch():
+        nonlocal peak
+        while not stop.is_set():
+            peak = max(peak, resident() - before)
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        result = function()
+    finally:
+        stop.set()
+        watcher.join()
+    return result, peak
+
+
+def time_row(
+    step: str,
+    reference: str,
+    target: float,
+    measured: dict[str, Any] | None = None,
+    check: str = "",
+    note: str = "",
+) -> dict[str, Any]:
+    """How many times more CPU seconds `measured["reference"]` takes than `measured["ours"]`."""
+    row = {"step": step, "reference": reference, "ours": "", "theirs": "", "ratio": "", "spread": "", "target": target}
+    if measured is not None:
+        ours, theirs = measured["ours"]["cpu"], measured["reference"]["cpu"]
+        ratio, low, high = ratios(ours, theirs)
+        row |= {"ours": f"{statistics.median(ours):.3g} s", "theirs": f"{statistics.median(theirs):.3g} s"}
+        row |= {"ratio": ratio, "spread": f"{low:.2g} to {high:.2g}, {len(ours)} rounds"}
+    return row | {"reached": "" if measured is None else row["ratio"] >= target, "check": check, "note": note}
+
+
+def memory_row(
+    step: str, name: str, target: float, ours: int, reference: int, check: str = "", note: str = ""
+) -> dict[str, Any]:
+    """How many times more bytes the reference takes."""
+    ratio = reference / max(ours, 1)
+    row = {"step": step, "reference": name, "ours": f"{ours / 1e6:.3g} MB", "theirs": f"{reference / 1e6:.3g} MB"}
+    row |= {"ratio": ratio, "spread": "1 round", "target": target, "reached": ratio >= target}
+    return row | {"check": check, "note": note}
 
 
 def describe_machine(*packages: str) -> dict[str, Any]:

@@ -12,14 +12,9 @@ results differ. Results: `results/media.{json,md}`.
 """
 
 import argparse
-import ctypes
-import gc
-import os
 import subprocess
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +23,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from common import RESULTS, describe_machine, measure, ratios, write_results
+from common import RESULTS, describe_machine, measure, memory_row, peak_memory, time_row, write_results
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvF
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
@@ -107,7 +102,7 @@ def frames_against_decord(path: Path, rounds: int, target: float) -> dict[str, A
     indices = _indices(path)
     step = f"16 exact frames, {_describe(path)}"
     if find_spec("decord") is None:
-        return _row(step, "decord", target, note="decord is not installed")
+        return time_row(step, "decord", target, note="decord is not installed")
     import decord
 
     def read_with_decord() -> np.ndarray:
@@ -115,7 +110,7 @@ def frames_against_decord(path: Path, rounds: int, target: float) -> dict[str, A
 
     measured = measure({"ours": lambda: read_frames(path, indices), "reference": read_with_decord}, rounds)
     check = _same(measured["ours"]["result"].numpy(), measured["reference"]["result"])
-    return _row(step, "decord", target, measured, check)
+    return time_row(step, "decord", target, measured, check)
 
 
 def frames_against_transformers(path: Path, rounds: int) -> dict[str, Any]:
@@ -126,7 +121,7 @@ def frames_against_transformers(path: Path, rounds: int) -> dict[str, Any]:
 
     measured = measure({"ours": lambda: read_frames(path, indices), "reference": read_with_transformers}, rounds)
     check = _same(measured["ours"]["result"].numpy(), measured["reference"]["result"])
-    return _row(f"16 exact frames, {_describe(path)}", "transformers' pyav reader", 10, measured, check)
+    return time_row(f"16 exact frames, {_describe(path)}", "transformers' pyav reader", 10, measured, check)
 
 
 def frames_memory(path: Path) -> dict[str, Any]:
@@ -141,7 +136,7 @@ def frames_memory(path: Path) -> dict[str, Any]:
     resized_late, reference = peak_memory(lambda: torch.stack([resize(frame) for frame in read_frames(path, indices)]))
     decoder = peak_memory(lambda: decode_only(path, indices))[1]
     step = f"peak memory of reading 16 frames, {_describe(path)}"
-    row = _memory_row(step, "the same reader, frames resized at the end", 5, ours, reference)
+    row = memory_row(step, "the same reader, frames resized at the end", 5, ours, reference)
     note = (
         f"Decoding alone takes {decoder / 1e6:.3g} MB in both (the decoder's own frames, and FFmpeg's index of the "
         f"file); beyond that the ratio is {(reference - decoder) / max(ours - decoder, 1):.2g}."
@@ -170,7 +165,7 @@ def streaming_memory(path: Path, long_path: Path) -> dict[str, Any]:
     long_means, ours = peak_memory(lambda: stream(long_path))
     reference = peak_memory(lambda: decode_only(long_path, np.array([0])))[1]
     step = f"peak memory of a frame a minute, one at a time, {_describe(long_path)}"
-    row = _memory_row(step, "opening the file and decoding its first frame", 0.5, ours, reference)
+    row = memory_row(step, "opening the file and decoding its first frame", 0.5, ours, reference)
     note = "What grows with the length is FFmpeg's index of the packets, which it reads when it opens the file."
     return row | {"check": _same(long_means[: len(means)], means), "note": note}
 
@@ -211,7 +206,7 @@ def preprocessing(tower: str, size: tuple[int, int], rounds: int) -> dict[str, A
     equal = float((levels == 0).float().mean())
     assert levels.max() <= 1 and equal >= 0.997, (float(levels.max()), equal)
     check = f"within {int(levels.max())} level, {equal:.2%} equal"
-    return _row(f"pad, resize, normalise 4 frames, {size[0]}x{size[1]}, {tower}", "Pillow", 8, measured, check)
+    return time_row(f"pad, resize, normalise 4 frames, {size[0]}x{size[1]}, {tower}", "Pillow", 8, measured, check)
 
 
 def sound(path: Path, rounds: int, heard_only: bool) -> dict[str, Any]:
@@ -220,7 +215,7 @@ def sound(path: Path, rounds: int, heard_only: bool) -> dict[str, Any]:
     what = f"8 clips of the sound, AAC {bands}" if heard_only else "the whole sound"
     step, target = f"{what}, {_describe(path)}", 10 if heard_only else 1.8
     if find_spec("imageio_ffmpeg") is None:
-        return _row(step, "ffmpeg subprocess", target, note="imageio-ffmpeg is not installed")
+        return time_row(step, "ffmpeg subprocess", target, note="imageio-ffmpeg is not installed")
     import imageio_ffmpeg
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-threads", "1", "-i", str(path)]
@@ -246,62 +241,10 @@ def sound(path: Path, rounds: int, heard_only: bool) -> dict[str, Any]:
             "Both run libavcodec and libswresample. These alone take about three quarters of our time, the rest is "
             "demuxing and a Python call for each packet; resampling many packets at a time gained 15 %."
         )
-    return _row(step, "ffmpeg subprocess", target, measured, _same(measured["ours"]["result"], expected), note)
+    return time_row(step, "ffmpeg subprocess", target, measured, _same(measured["ours"]["result"], expected), note)
 
 
-# Measuring
-
-
-def peak_memory(function: Callable[[], Any]) -> tuple[Any, int]:
-    """Result of a call, and by how many bytes the memory of the process grew during it, at most."""
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system and is not used again unseen
-    libc.malloc_trim(0)
-    pages, stop, peak = os.sysconf("SC_PAGE_SIZE"), threading.Event(), 0
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * pages
-
-    before = resident()
-
-    def watch():
-        nonlocal peak
-        while not stop.is_set():
-            peak = max(peak, resident() - before)
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        result = function()
-    finally:
-        stop.set()
-        watcher.join()
-    return result, peak
-
-
-def _row(
-    step: str,
-    reference: str,
-    target: float,
-    measured: dict[str, Any] | None = None,
-    check: str = "",
-    note: str = "",
-) -> dict[str, Any]:
-    row = {"step": step, "reference": reference, "ours": "", "theirs": "", "ratio": "", "spread": "", "target": target}
-    if measured is not None:
-        ours, theirs = measured["ours"]["cpu"], measured["reference"]["cpu"]
-        ratio, low, high = ratios(ours, theirs)
-        row |= {"ours": f"{np.median(ours):.3g} s", "theirs": f"{np.median(theirs):.3g} s", "ratio": ratio}
-        row["spread"] = f"{low:.2g} to {high:.2g}, {len(ours)} rounds"
-    return row | {"reached": "" if measured is None else row["ratio"] >= target, "check": check, "note": note}
-
-
-def _memory_row(step: str, name: str, target: float, ours: int, reference: int) -> dict[str, Any]:
-    ratio = reference / max(ours, 1)
-    row = {"step": step, "reference": name, "ours": f"{ours / 1e6:.3g} MB", "theirs": f"{reference / 1e6:.3g} MB"}
-    return row | {"ratio": ratio, "spread": "1 round", "target": target, "reached": ratio >= target}
+# What the rows share
 
 
 def _same(ours: Any, reference: Any) -> str:
