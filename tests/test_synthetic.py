@@ -174,10 +174,11 @@ def test_pictures_show_what_the_clip_says():
     frames = draw_frames(description)[:, 0]
     assert labels["number"].tolist() == [len(clip.things) for clip in clips]
     assert labels["centre"].sum(1).tolist() == [len(clip.things) for clip in clips]
-    for clip, colour, shape, frame in zip(clips, labels["colour"], labels["shape"], frames):
+    for index, (clip, colour, shape, frame) in enumerate(zip(clips, labels["colour"], labels["shape"], frames)):
         thing = clip.things[0]
         row, column = int(thing.path[0][2] * 8), int(thing.path[0][1] * 8)
         patch = row * 8 + column
+        assert (labels["row"][index, patch], labels["column"][index, patch]) == (row + 1, column + 1)
         assert shape[patch] == SHAPES.index(thing.shape) + 1
         assert colour[patch] == list(COLOURS).index(thing.colour) + 1
         if not thing.striped:
@@ -187,10 +188,11 @@ def test_pictures_show_what_the_clip_says():
 
 def test_sound_labels_count_the_beeps():
     clips = [draw_clip(np.random.default_rng([2, i])) for i in range(200)]
-    onset, active, beeps = label_sounds(describe_sounds(clips), 24, 16)
-    assert beeps.tolist() == [clip.num_beeps for clip in clips]
-    assert (onset > 0).sum(1).tolist() == [len(clip.sounds) for clip in clips]
-    for clip, starts, lasts in zip(clips, onset.tolist(), active.tolist()):
+    labels = label_sounds(describe_sounds(clips), 24, 16)
+    assert labels["beeps"].tolist() == [clip.num_beeps for clip in clips]
+    assert (labels["onset"] > 0).sum(1).tolist() == [len(clip.sounds) for clip in clips]
+    for clip, starts, lasts, times in zip(clips, *(labels[name].tolist() for name in ("onset", "active", "time"))):
+        assert times == [step // 3 + 1 if last else 0 for step, last in enumerate(lasts)]
         named = [list(SOUNDS).index(sound.name) + 1 for sound in clip.sounds]
         assert [name for name in starts if name] == named
         assert set(lasts) - {0} == set(named)

@@ -51,9 +51,9 @@ def collate_sounds(clips: Sequence[Clip]) -> dict[str, Any]:
 @torch.no_grad()
 def label_patches(description: dict[str, torch.Tensor], side: int, patch_size: int) -> dict[str, torch.Tensor]:
     """
-    What every patch shows, int64 (clips, patches): `colour`, `shape` and `texture` count from 1, 0 is the background
-    and -100 an edge; `centre` is 1 where the centre of a thing lies. `present` (clips, 24) says which kinds of things
-    are there and `number` (clips,) how many. Of the first frame.
+    What every patch shows, int64 (clips, patches): `colour`, `shape` and `texture`, and the `row` and `column` where
+    it shows it, count from 1, 0 is the background and -100 an edge; `centre` is 1 where the centre of a thing lies.
+    `present` (clips, 24) says which kinds of things are there and `number` (clips,) how many. Of the first frame.
     """
     clips = len(description["radius"])
     device = description["radius"].device
@@ -75,9 +75,12 @@ def label_patches(description: dict[str, torch.Tensor], side: int, patch_size: i
         "shape": description["shape"],
         "texture": description["striped"].long(),
     }
+    patches = torch.arange(cells * cells, device=device).expand_as(which)
+    shown = {name: values.gather(1, which) for name, values in kinds.items()}
+    shown |= {"row": patches // cells, "column": patches % cells}
     labels = {}
-    for name, values in kinds.items():
-        label = values.gather(1, which) + 1
+    for name, values in shown.items():
+        label = values + 1
         label[most < 0.35] = -100
         label[most < 0.03] = 0
         labels[name] = label
@@ -86,28 +89,36 @@ def label_patches(description: dict[str, torch.Tensor], side: int, patch_size: i
     return {**labels, "centre": centre, "present": present.clamp(max=1), "number": visible.sum(dim=1)}
 
 
-_COSINE_SCALE = 8.0
+_NUM_TIMES = 8
+
+
+class CosineHead(nn.Linear):
+    """
+    Classes by their cosine with the features, times a fixed scale: (..., width) -> (..., classes).
+
+    A linear head is content with a trace of what it is asked for, and the connector, which learns from few clips,
+    finds no traces. With several of these on the same features all that they ask for has to be about equally strong.
+    """
+
+    scale = 16.0
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.scale * super().forward(normalize(features.float(), dim=-1)).div(self.weight.norm(dim=1))
 
 
 class VisionPretraining(nn.Module):
-    """
-    The vision tower with heads on the layer that the connector reads, and on the last one.
-
-    The heads for row and column see the cosine between a patch and each of them. A linear head is content with a trace
-    of the place, of which a connector that learns from few clips finds nothing; this one wants it as strong as what
-    the patch shows.
-    """
+    """The vision tower with heads on the layer that the connector reads, and on the last one."""
 
     def __init__(self, tower: nn.Module, layer: int = -2):
         super().__init__()
         self.tower, self.layer = tower, layer
         config: Any = tower.config
-        sizes = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "texture": 3, "centre": 2}
-        self.heads = nn.ModuleDict({name: nn.Linear(config.hidden_size, size) for name, size in sizes.items()})
         side = config.image_size // config.patch_size
-        self.places = nn.ParameterDict(
-            {name: nn.Parameter(torch.randn(side, config.hidden_size)) for name in ("row", "column")}
-        )
+        sizes = {"colour": len(COLOURS), "shape": len(SHAPES), "texture": 2, "row": side, "column": side, "centre": 1}
+        self.heads = nn.ModuleDict({name: CosineHead(config.hidden_size, size + 1) for name, size in sizes.items()})
         self.present = nn.Linear(config.hidden_size, len(COLOURS) * len(SHAPES))
         self.number = nn.Linear(config.hidden_size, MAX_THINGS + 1)
 
@@ -122,60 +133,52 @@ class VisionPretraining(nn.Module):
         loss = loss + 0.3 * cross_entropy(self.number(pooled).float(), labels["number"])
         accuracies = {}
         for name, head in self.heads.items():
-            logits = head(features).float().flatten(0, 1)
+            logits = head(features).flatten(0, 1)
             target = labels[name].flatten()
-            weight = logits.new_tensor([1.0, 4.0]) if name == "centre" else None
+            # Most patches show nothing.
+            weight = logits.new_tensor([0.25] + [1.0] * (logits.shape[1] - 1))
             loss = loss + cross_entropy(logits, target, weight)
             asked = target > 0
             accuracies[name] = (logits.argmax(dim=1) == target)[asked].float().mean().detach()
-        patches = torch.arange(features.shape[1], device=features.device)
-        side = len(self.places["row"])
-        for name, target in (("row", patches // side), ("column", patches % side)):
-            cosines = normalize(features.float(), dim=-1) @ normalize(self.places[name], dim=-1).T
-            place_loss = cross_entropy(_COSINE_SCALE * cosines.flatten(0, 1), target.repeat(len(features)))
-            loss, accuracies[name] = loss + 0.5 * place_loss, place_loss.detach()
         return {"loss": loss, **accuracies}
 
 
 class AudioPretraining(nn.Module):
-    """The audio tower with heads that tell at every patch in time which sounds begin and which are there."""
+    """The audio tower with heads that tell at every patch in time which sounds begin and are there, and when."""
 
     def __init__(self, tower: nn.Module):
         super().__init__()
         self.tower = tower
         config: Any = tower.config
-        self.onset = nn.Linear(config.hidden_size, len(SOUNDS) + 1)
-        self.active = nn.Linear(config.hidden_size, len(SOUNDS) + 1)
+        sizes = {"onset": len(SOUNDS), "active": len(SOUNDS), "time": _NUM_TIMES}
+        self.heads = nn.ModuleDict({name: CosineHead(config.hidden_size, size + 1) for name, size in sizes.items()})
         self.beeps = nn.Linear(config.hidden_size, MAX_THINGS + 1)
 
     def forward(self, drawn: dict[str, Any]) -> dict[str, torch.Tensor]:
         config: Any = self.tower.config
         features = self.tower(draw_media(drawn, num_mel_bins=config.num_mel_bins)["input_features"]).last_hidden_state
         steps = features.unflatten(1, (-1, config.num_mel_bins // config.patch_size)).mean(dim=2)
-        onset, active, beeps = label_sounds(drawn["sound"], steps.shape[1], config.patch_size)
-        # Mostly nothing begins, which counts less.
-        weight = torch.ones(len(SOUNDS) + 1, device=steps.device)
-        weight[0] = 0.1
-        onset_logits = self.onset(steps).float().flatten(0, 1)
-        loss = cross_entropy(onset_logits, onset.flatten(), weight)
-        loss = loss + cross_entropy(self.active(steps).float().flatten(0, 1), active.flatten(), weight)
+        labels = label_sounds(drawn["sound"], steps.shape[1], config.patch_size)
         number = self.beeps(steps).float().mean(dim=1)
-        loss = loss + 0.2 * cross_entropy(number, beeps)
-        predicted, begins = onset_logits.argmax(dim=1), onset.flatten() > 0
-        found = (predicted == onset.flatten())[begins].float().mean()
-        false = ((predicted > 0) & ~begins).sum() / begins.sum().clamp(min=1)
-        counted = beeps > 0
-        accuracy = (number.argmax(dim=1) == beeps)[counted].float().mean()
-        return {"loss": loss, "onset": found, "false_onset": false, "beeps": accuracy}
+        loss = 0.2 * cross_entropy(number, labels["beeps"])
+        counted = labels["beeps"] > 0
+        accuracies = {"beeps": (number.argmax(dim=1) == labels["beeps"])[counted].float().mean()}
+        for name, head in self.heads.items():
+            logits, target = head(steps).flatten(0, 1), labels[name].flatten()
+            # Mostly nothing begins, which counts less.
+            loss = loss + cross_entropy(logits, target, logits.new_tensor([0.1] + [1.0] * (logits.shape[1] - 1)))
+            predicted, asked = logits.argmax(dim=1), target > 0
+            accuracies[name] = (predicted == target)[asked].float().mean()
+            accuracies[f"false_{name}"] = ((predicted > 0) & ~asked).sum() / asked.sum().clamp(min=1)
+        return {"loss": loss, **accuracies}
 
 
 @torch.no_grad()
-def label_sounds(
-    description: dict[str, torch.Tensor], steps: int, patch_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def label_sounds(description: dict[str, torch.Tensor], steps: int, patch_size: int) -> dict[str, torch.Tensor]:
     """
-    Which sound begins and which is there in every step of `patch_size` filter-bank frames, int64 (clips, steps), where
-    0 is none and others count from 1; and how many beeps there are, int64 (clips,).
+    Which sound begins (`onset`) and which is there (`active`) in every step of `patch_size` filter-bank frames, and at
+    which eighth of the clip (`time`), int64 (clips, steps), where 0 is none and others count from 1; and how many
+    `beeps` there are, int64 (clips,).
     """
     clips, device = len(description["noise"]), description["noise"].device
     onset, active = (torch.zeros(clips, steps, dtype=torch.long, device=device) for _ in range(2))
@@ -192,7 +195,9 @@ def label_sounds(
     active[clip[is_there], index[is_there]] = name[is_there] + 1
     beeps = torch.zeros(clips, dtype=torch.long, device=device)
     is_beep = (description["name"] == list(SOUNDS).index("beep")).long()
-    return onset, active, beeps.index_add(0, description["clip"], is_beep)
+    beeps = beeps.index_add(0, description["clip"], is_beep)
+    time = torch.where(active > 0, torch.arange(steps, device=device) * _NUM_TIMES // steps + 1, 0)
+    return {"onset": onset, "active": active, "time": time, "beeps": beeps}
 
 
 __all__ = [
