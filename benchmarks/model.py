@@ -31,8 +31,8 @@ def all_rows(short: bool, rounds: int, original: Path | None) -> dict[str, Calla
     """The rows by name, each to be measured when it is called."""
     few, bf16 = min(rounds, 2), torch.bfloat16
     return {
-        "import": lambda: answering.importing(short, rounds),
-        "load": lambda: answering.load(short, few),
+        "import": lambda: answering.importing(few),
+        "load": lambda: answering.load(few),
         "beats float32": lambda: towers.beats(short, few, original, torch.float32, 2.2),
         "beats bfloat16": lambda: towers.beats(short, rounds, original, bf16, 2.4),
         "tower clip": lambda: towers.vision_tower(short, rounds, "CLIP-L/14-336", 2, bf16),

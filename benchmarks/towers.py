@@ -12,7 +12,13 @@ from random_models import CLIP_L, QWEN2_HALF_B, SIGLIP, SMALL_AUDIO, SMALL_QWEN2
 from torch import nn
 from transformers import AutoModel
 
-from videollama2_hf import VideoLlama2AudioConfig, VideoLlama2AudioModel, VideoLlama2Model, connector_videollama2
+from videollama2_hf import (
+    VideoLlama2AudioConfig,
+    VideoLlama2AudioModel,
+    VideoLlama2Config,
+    VideoLlama2Model,
+    connector_videollama2,
+)
 from videollama2_hf.connector_videollama2 import BlockConv3d, PointwiseConv2d, STCConnector
 from videollama2_hf.modeling_beats import relative_position_buckets
 
@@ -165,10 +171,12 @@ def image_question(short: bool, rounds: int, tower: str, copies: int, dtype: tor
     return time_row(step, f"the original's {copies} copies, eager, all layers", float(copies), measured, check)
 
 
-def build_towers(config: Any, dtype: torch.dtype) -> tuple[VideoLlama2Model, nn.Module]:
+def build_towers(config: VideoLlama2Config, dtype: torch.dtype) -> tuple[VideoLlama2Model, nn.Module]:
     """A model, and transformers' tower with the same weights and eager attention."""
     model = build(VideoLlama2Model, config, dtype=dtype)
-    reference = AutoModel.from_config(copy.deepcopy(config.vision_config), attn_implementation="eager").to(dtype).eval()
+    reference = (
+        AutoModel.from_config(copy.deepcopy(config.vision_config), attn_implementation="eager").to(dtype).eval()
+    )
     reference.load_state_dict(model.vision_tower.state_dict(), assign=True)
     return model, reference
 
@@ -181,17 +189,25 @@ def stc_connector(short: bool, rounds: int, version: str, dtype: torch.dtype) ->
     vision, connector_type = (CLIP_L, "stc_connector") if version == "2" else (SIGLIP, "stc_connector_v35")
     width = {"hidden_size": 4096 if version == "2" else 3584, "num_attention_heads": 32 if version == "2" else 28}
     config = build_config(vision, QWEN2_HALF_B | ({} if short else width), short=short, connector_type=connector_type)
-    ours, reference = build(STCConnector, config, dtype=dtype), build(STCConnector, config, dtype=dtype)
-    reference.load_state_dict(ours.state_dict(), assign=True)
-    replaced = {PointwiseConv2d: nn.Conv2d, BlockConv3d: nn.Conv3d}
-    for module in reference.modules():
-        module.__class__ = replaced.get(type(module), type(module))
+    ours = build(STCConnector, config, dtype=dtype)
+    reference = as_convolutions(config, ours)
     frames, side = 8, config.vision_config.image_size // config.vision_config.patch_size
     features = torch.randn(1, frames, side**2, config.vision_config.hidden_size, dtype=dtype)
     measured = measure({"ours": lambda: ours(features), "reference": lambda: reference(features)}, rounds)
     check = compare(measured["ours"]["result"], measured["reference"]["result"])
     step = f"STC connector of VideoLLaMA {version}, {frames} x {side} x {side}, {str(dtype).removeprefix('torch.')}"
     return time_row(step, "timm's RegStage, torch's Conv3d", 1.25, measured, check)
+
+
+def as_convolutions(config: VideoLlama2Config, connector: STCConnector) -> STCConnector:
+    """The same connector as timm's RegStage and torch's convolutions run it; the weights are shared."""
+    with torch.device("meta"):
+        reference = STCConnector(config)
+    reference.load_state_dict(connector.state_dict(), assign=True)
+    replaced = {PointwiseConv2d: nn.Conv2d, BlockConv3d: nn.Conv3d}
+    for module in reference.modules():
+        module.__class__ = replaced.get(type(module), type(module))
+    return reference.eval()
 
 
 def long_video(short: bool, frames: int = 256) -> dict[str, Any]:
