@@ -119,6 +119,16 @@ def test_padded_clip_equals_the_clip_alone(tower, recorded):
     torch.testing.assert_close(padded[0][token_mask[0]], alone[0], atol=5e-6, rtol=1e-5)
 
 
+def test_layers_that_share_the_memory_of_their_bias_give_the_same(tower):
+    """They do where no gradients are recorded; a batch has its own bias for every clip."""
+    features = 15 + 6 * torch.randn(2, 96, 128)
+    with torch.no_grad():
+        shared = tower(features).last_hidden_state
+    own = tower(features).last_hidden_state
+    assert own.requires_grad
+    torch.testing.assert_close(shared, own, atol=1e-5, rtol=1e-5)  # with gradients PyTorch takes another kernel
+
+
 def test_hidden_states_are_recorded(tower, recorded):
     outputs = tower(recorded["audio_0"].float(), output_hidden_states=True)
     torch.testing.assert_close(outputs.hidden_states[0], recorded["audio_0.beats.encoder_input"], atol=5e-6, rtol=1e-5)

@@ -143,8 +143,10 @@ class VideoLlama2AudioAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_bias: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        gated_bias: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`gated_bias`: memory for the gated bias, (clips, heads, tokens, tokens), instead of new memory."""
         hidden_shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
         query = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
@@ -155,7 +157,7 @@ class VideoLlama2AudioAttention(nn.Module):
             gates = self.grep_linear(query).unflatten(-1, (2, 4)).sum(-1).sigmoid()  # (clips, heads, tokens, 2)
             gate_a, gate_b = gates.unbind(-1)
             gate = gate_a.unsqueeze(-1) * (gate_b.unsqueeze(-1) * self.grep_a - 1.0) + 2.0
-            bias = gate * position_bias  # (clips, heads, tokens, tokens)
+            bias = torch.mul(gate, position_bias, out=gated_bias)  # (clips, heads, tokens, tokens)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -238,13 +240,18 @@ class VideoLlama2AudioEncoder(nn.Module):
         attention: Any = self.layers[0].self_attn
         position_bias = attention.position_bias(hidden_states.shape[1], hidden_states.device)
         attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        # Without gradients all layers write their bias to one place: on a CPU, new memory of that size costs twice as
+        # much as the product.
+        gated_bias = None
+        if self.config.gru_rel_pos and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            gated_bias = position_bias.new_empty(len(hidden_states), *position_bias.shape)
         scale = self.config.layer_wise_gradient_decay_ratio
         for layer in self.layers:
             if scale != 1.0 and hidden_states.requires_grad:
                 hidden_states = ScaleGradient.apply(hidden_states, scale)
             if self.training and torch.rand([]) < self.config.layerdrop:
                 continue
-            hidden_states = layer(hidden_states, position_bias, attention_mask, **kwargs)
+            hidden_states = layer(hidden_states, position_bias, attention_mask, gated_bias=gated_bias, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
