@@ -199,6 +199,7 @@ def _load(folders: dict[str, str], rounds: int) -> dict[str, list[dict[str, floa
             model = classes[name].from_pretrained(folder, dtype=torch.bfloat16)
             run = {"cpu": cpu_seconds() - begin, "anonymous": anonymous() - memory}
             run["bytes"] = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+            run["tensors"] = len(list(model.parameters()))
             if turn:  # the first round imports
                 runs[name].append(run)
             del model
@@ -216,13 +217,16 @@ def load(rounds: int) -> dict[str, Any]:
     # Seconds for every GB
     measured = {name: {"cpu": [run["cpu"] / run["bytes"] * 1e9 for run in runs[name]]} for name in runs}
     anonymous = {name: max(run["anonymous"] for run in runs[name]) for name in runs}
+    by_tensor = [[run["cpu"] / run["tensors"] for run in runs[name]] for name in ("ours", "reference")]
+    tensors = " and ".join(str(runs[name][0]["tensors"]) for name in runs)
     row = time_row(
         f"load of the original VideoLLaMA2.1-7B-AV, {runs['ours'][0]['bytes'] / 1e9:.3g} GB, seconds for every GB",
         "transformers, the bare language model",
         1.0,
         measured,
         " and ".join(f"{size / 1e6:.3g} MB" for size in anonymous.values()) + " of anonymous memory",
-        "Weights are mapped and not read: the files are sparse.",
+        f"Weights are mapped, not read, so the time goes by their number, {tensors}: for each of them the ratio is "
+        f"{ratios(*by_tensor)[0]:.2f}.",
     )
     return row | {"reached": row["ratio"] >= 1.0 and anonymous["ours"] < 50e6}
 
