@@ -338,6 +338,25 @@ def facts(generator: np.random.Generator) -> list[Question]:
     return [questions[i] for i in generator.permutation(len(questions))]
 
 
+def recall(generator: np.random.Generator) -> tuple[str, list[Question]]:
+    """
+    A text of pairs that say nothing about any clip, and questions that only who finds the place in it can answer: what
+    belongs to a name, and the whole text again.
+    """
+    values = [*PLACES, *DIRECTIONS, *INSTRUMENTS, *TEXTURES, *TIMES, *NUMBERS]
+    number = 2 + int(generator.integers(4))
+    pairs = [
+        (f"{list(COLOURS)[name // len(SHAPES)]} {SHAPES[name % len(SHAPES)]}", values[value])
+        for name, value in zip(
+            generator.permutation(len(COLOURS) * len(SHAPES))[:number], generator.permutation(len(values))
+        )
+    ]
+    text = ", ".join(f"{name} {value}" for name, value in pairs)
+    questions = [Question("recall", f"And the {name}?", value, ()) for name, value in pairs]
+    questions.append(Question("recall", "Repeat everything.", text, ()))
+    return text, [questions[i] for i in generator.permutation(len(questions))]
+
+
 __all__ = [
     "AUDIO_SKILLS",
     "AUDIO_VISUAL_SKILLS",
@@ -352,5 +371,6 @@ __all__ = [
     "describe_sound",
     "explain",
     "facts",
+    "recall",
     "with_choices",
 ]

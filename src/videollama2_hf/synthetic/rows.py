@@ -20,6 +20,7 @@ from .questions import (
     describe_sound,
     explain,
     facts,
+    recall,
     with_choices,
 )
 from .rendering import render_clip, render_image, render_sound
@@ -77,8 +78,12 @@ def draw_row(
         clip = replace(clip, scene="move", things=(replace(clip.things[0], turns=None),))
     context = ""
     if medium == "text":
-        if generator.random() < 0.2:
+        kind = generator.random()
+        if kind < 0.15:
             return Row(clip, medium, tuple(facts(generator)[: 1 + generator.integers(max_turns)]))
+        if kind < 0.4:
+            text, questions = recall(generator)
+            return Row(clip, medium, tuple(questions[:max_turns]), text)
         context = f"{describe_picture(clip)}. {describe_sound(clip)}."
         questions = [question for question in ask(clip, generator) if _is_told(clip, question)]
     else:
