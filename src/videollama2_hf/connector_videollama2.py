@@ -71,7 +71,8 @@ class BlockConv3d(nn.Conv3d):
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
         """(videos, channels, frames, h, w) -> the same with the other number of channels, fewer of the rest"""
-        volume = nn.functional.pad(volume, [n for n in reversed(self.padding) for _ in range(2)])
+        padding = [n for n in reversed(self.padding) for _ in range(2)]  # type: ignore[misc]  # it is no name here
+        volume = nn.functional.pad(volume, padding)
         for dim, size in enumerate(self.kernel_size, 2):
             length = volume.shape[dim] // size * size  # what does not fill a window is left out
             volume = volume.narrow(dim, 0, length).unfold(dim, size, size)
