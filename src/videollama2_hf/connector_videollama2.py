@@ -9,6 +9,7 @@ those of the original's `videollama2/model/projector.py`: the checkpoints' keys 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,7 +72,7 @@ class BlockConv3d(nn.Conv3d):
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
         """(videos, channels, frames, h, w) -> the same with the other number of channels, fewer of the rest"""
-        padding = [n for n in reversed(self.padding) for _ in range(2)]  # type: ignore[misc]  # it is no name here
+        padding: Any = [n for n in reversed(self.padding) for _ in range(2)]
         volume = nn.functional.pad(volume, padding)
         for dim, size in enumerate(self.kernel_size, 2):
             length = volume.shape[dim] // size * size  # what does not fill a window is left out
