@@ -100,7 +100,8 @@ def give_recorded_features(model, recording, inputs):
     with torch.no_grad():
         features = getattr(model, f"get_{modality}_features")(pixels)
     expected = recording.outputs[f"{medium}.connector"]
-    torch.testing.assert_close(features.pooler_output, expected, atol=1e-5, rtol=0)
+    # Both lie 7e-6 from float64, the largest value being 5.5.
+    torch.testing.assert_close(features.pooler_output, expected, atol=2e-5, rtol=0)
     features.pooler_output = expected
     return {**inputs, "mm_encoder_outputs": {modality: features}}
 
