@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 _FOLDER = Path(__file__).parent
-# A folder that `from_pretrained` loads: a VideoLLaMA 2.1-AV of 10 million parameters.
+# A folder that `from_pretrained` loads: a VideoLLaMA 2.1-AV of 9 million parameters.
 SMALL_MODEL = _FOLDER / "small_model"
 # Four seconds of video with sound.
 EXAMPLE_CLIP = _FOLDER / "clip.mp4"
