@@ -19,7 +19,7 @@ from videollama2_hf.synthetic import ablation, dataset, evaluation, small_model,
 from videollama2_hf.synthetic.__main__ import main
 from videollama2_hf.synthetic.dataset import RowTokenizer, WorldCollator, WorldDataset, describe_media, draw_media
 from videollama2_hf.synthetic.pretraining import ClipDataset, collate_frames, label_patches, label_sounds
-from videollama2_hf.synthetic.questions import AUDIO_VISUAL_SKILLS, SKILLS, TEMPLATES, ask, with_choices
+from videollama2_hf.synthetic.questions import AUDIO_VISUAL_SKILLS, SKILLS, TEMPLATES, ask, recall, with_choices
 from videollama2_hf.synthetic.rendering import (
     describe_frames,
     describe_sounds,
@@ -165,6 +165,28 @@ def test_rows_follow_from_their_seed():
 
     assert draw(5) == draw(5)
     assert draw(5) != draw(6)
+
+
+def test_recall_asks_for_what_its_text_says_once():
+    for seed in range(50):
+        text, questions = recall(np.random.default_rng(seed))
+        pairs = text.split(", ")
+        *asked, repeat = sorted(questions, key=lambda question: question.text == "Repeat everything.")
+        assert repeat.answer == text
+        told = [f"{question.text.removeprefix('And the ')} {question.answer}".replace("?", "") for question in asked]
+        assert sorted(told) == sorted(pairs)
+        assert len({question.text for question in asked}) == len(asked) >= 2
+
+
+def test_a_relation_is_asked_with_and_without_its_reason():
+    rows = [draw_row(np.random.default_rng([9, i]), {"audio_visual": 1.0}, max_turns=20) for i in range(200)]
+    related = [[q for q in row.questions if q.skill in ("match", "synchrony", "same number")] for row in rows]
+    pairs = [questions for questions in related if len(questions) == 2]
+    assert len(pairs) > 50
+    for questions in pairs:
+        short, long = sorted(questions, key=lambda question: len(question.answer))
+        assert long.answer.endswith(f", so {short.answer}") and "xplain" in long.text
+    assert {len(pair[0].answer) < len(pair[1].answer) for pair in pairs} == {False, True}  # in both orders
 
 
 def test_pictures_show_what_the_clip_says():

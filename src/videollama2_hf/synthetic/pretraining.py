@@ -20,6 +20,10 @@ from .rendering import NUM_SAMPLES, SAMPLING_RATE, cover, describe_frames, descr
 from .world import COLOURS, MAX_THINGS, SECONDS, SHAPES, SOUNDS, Clip, draw_clip
 
 
+# Parts of a clip that the audio tower's patches tell apart.
+_NUM_TIMES = 8
+
+
 class ClipDataset(Dataset):
     """Clips of the training compositions by number; clip `i` follows from `(seed, i)` alone."""
 
@@ -87,9 +91,6 @@ def label_patches(description: dict[str, torch.Tensor], side: int, patch_size: i
     present = torch.zeros(clips, len(COLOURS) * len(SHAPES), device=device)
     present.scatter_add_(1, colour * len(SHAPES) + description["shape"], visible.float())
     return {**labels, "centre": centre, "present": present.clamp(max=1), "number": visible.sum(dim=1)}
-
-
-_NUM_TIMES = 8
 
 
 class CosineHead(nn.Linear):

@@ -88,20 +88,18 @@ def draw_row(
         questions = [question for question in ask(clip, generator) if _is_told(clip, question)]
     else:
         questions = ask(clip, generator, None if medium == "audio_visual" else medium)
-    related = [question for question in questions if question.skill in AUDIO_VISUAL_SKILLS]
-    if related and generator.random() < 0.6:  # not only behind answers that give it away
-        questions.remove(related[0])
-        questions.insert(0, related[0])
+    for question in [question for question in questions if question.skill in AUDIO_VISUAL_SKILLS]:
+        if generator.random() < 0.6:  # not only behind answers that give it away
+            questions.remove(question)
+            questions.insert(0, question)
+        explained = explain(clip, question)
+        if explained is not None:  # the rarest questions and the hardest: once with the reason, once without
+            questions.insert(questions.index(question) + int(generator.integers(2)), explained)
     varied = []
     turns = 1 + generator.integers(max_turns, size=2).max()  # rather many: media are costly, turns are not
     for question in questions[:turns]:
-        drawn = generator.random()
-        if drawn < 0.12:
-            varied.append(with_choices(question, generator))
-        elif drawn < 0.4:
-            varied.append(explain(clip, question) or question)
-        else:
-            varied.append(question)
+        is_choice = not question.text.endswith("Explain.") and generator.random() < 0.12
+        varied.append(with_choices(question, generator) if is_choice else question)
     if medium != "text" and generator.random() < captions:
         varied = [caption(clip, medium, generator), *varied][:max_turns]
     return Row(clip, medium, tuple(_misspell(question, generator) for question in varied), context)
