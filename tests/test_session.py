@@ -104,11 +104,49 @@ def test_an_error_reaches_the_caller_and_leaves_no_turn(session):
 
 def test_many_questions_about_one_clip(session):
     calls = count_calls(session.model)
+    lengths = []
+    language_model = session.model.model.language_model
+    hook = language_model.register_forward_pre_hook(
+        lambda module, args, inputs: lengths.append(tuple(inputs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
     questions = ["What is it?", "Is there any sound, and which?", "Why?"]
     answers = session.ask_many(questions, CLIP, max_new_tokens=6)
+    hook.remove()
     assert calls == {"vision_tower": 1, "audio_tower": 1}
-    for question, answer in zip(questions, answers):
-        assert answer.text == session.ask(question, CLIP, max_new_tokens=6).text
+    # The clip is read once, and then only what differs.
+    assert lengths[0][0] == 1 and lengths[0][1] > 1400
+    assert lengths[1][0] == 3 and lengths[1][1] < 50
+    alone = [session.ask(question, CLIP, max_new_tokens=6) for question in questions]
+    assert [answer.text for answer in answers] == [answer.text for answer in alone]
+    assert [answer.num_prompt_tokens for answer in answers] == [answer.num_prompt_tokens for answer in alone]
+    assert session.ask_many([], CLIP) == []
+    assert session.ask_many(questions[:1], CLIP, max_new_tokens=6)[0].text == alone[0].text
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"repetition_penalty": 1.5}])
+def test_many_questions_however_they_are_generated(session, settings):
+    questions = ["What is it?", "Is there any sound, and which?"]
+    content = [[CLIP, {"type": "text", "text": question}] for question in questions]
+    apart = [
+        session.answer([[{"role": "user", "content": blocks}]], max_new_tokens=6, **settings) for blocks in content
+    ]
+    together = session.ask_many(questions, CLIP, max_new_tokens=6, **settings)
+    assert [answer.text for answer in together] == [answer.text for [answer] in apart]
+
+
+def test_a_sliding_window_reads_every_prompt_whole(session, monkeypatch):
+    config = session.model.config.get_text_config()
+    monkeypatch.setattr(config, "layer_types", ["sliding_attention"] * config.num_hidden_layers)
+    monkeypatch.setattr(config, "sliding_window", 4096)
+    monkeypatch.setattr(session.model.model.language_model, "has_sliding_layers", True)
+    questions = ["What is it?", "Is there any sound, and which?"]
+    answers = session.ask_many(questions, CLIP, max_new_tokens=4)
+    assert [answer.text for answer in answers] == [session.ask(q, CLIP, max_new_tokens=4).text for q in questions]
+
+
+def test_a_session_gives_one_answer_to_a_question(session):
+    with pytest.raises(ValueError, match="num_return_sequences. is 2: call .model.generate"):
+        session.ask_many(["What is it?"], CLIP, num_beams=2, num_return_sequences=2)
 
 
 def test_another_clip_in_the_place_of_the_first(session):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -149,12 +150,36 @@ class Session:
         return self.chat().ask(question, *media, **generation)
 
     def ask_many(self, questions: Sequence[str], *media: dict[str, Any], **generation: Any) -> list[Answer]:
-        """Many questions about the same media, each by itself: encoded once, answered as one batch."""
-        content = list(media)
-        return self.answer(
-            [[{"role": "user", "content": [*content, {"type": "text", "text": text}]}] for text in questions],
-            **generation,
-        )
+        """
+        Many questions about the same media, each by itself: the media are encoded once, what all prompts begin with is
+        read once, and the questions are answered as one batch.
+        """
+        if not questions:
+            return []
+        prompts = [self._read([{"role": "user", "content": [*media, _text(question)]}]) for question in questions]
+        shared = min(len(prompt.ids) for prompt in prompts) - 1
+        for prompt in prompts[1:]:
+            shared = next((i for i in range(shared) if prompt.ids[i] != prompts[0].ids[i]), shared)
+        cache = self._new_cache()
+        starts = _starts(prompts[0], self)
+        is_whole = all(start + medium.num_tokens <= shared for start, medium in zip(starts, prompts[0].media))
+        # In a sliding window the padding behind what is shared would take the place of what was said.
+        if len(prompts) < 2 or not is_whole or any(layer.is_sliding for layer in cache.layers):
+            return self._generate(self._pad(prompts), time.perf_counter(), **generation)
+        started = time.perf_counter()
+        ids = torch.tensor([prompts[0].ids[:shared]], device=self.model.device)
+        with torch.inference_mode():
+            encoded = _as_encoder_outputs(prompts[0].media)
+            self.model(input_ids=ids, mm_encoder_outputs=encoded, past_key_values=cache, logits_to_keep=1)
+        settings = generation.get("generation_config") or self.model.generation_config
+        num_beams = generation.get("num_beams") or settings.num_beams or 1
+        cache.batch_repeat_interleave(len(prompts) * num_beams)
+        ends = self._pad([_Prompt(prompt.ids[shared:], []) for prompt in prompts])
+        inputs = {
+            "input_ids": torch.cat([ids.expand(len(prompts), -1), ends["input_ids"]], dim=1),
+            "attention_mask": nn.functional.pad(ends["attention_mask"], (shared, 0), value=1),
+        }
+        return self._generate({**inputs, "mm_encoder_outputs": {}, "past_key_values": cache}, started, **generation)
 
     def encode(self, block: dict[str, Any]) -> EncodedMedia:
         """
@@ -200,8 +225,9 @@ class Session:
             conversations: Messages as [`VideoLlama2Processor.apply_chat_template`] takes them.
             generation: Arguments of `generate`, such as `max_new_tokens`.
         """
-        inputs = self.prepare(conversations)
-        started = time.perf_counter()
+        return self._generate(self.prepare(conversations), time.perf_counter(), **generation)
+
+    def _generate(self, inputs: dict[str, Any], started: float, **generation: Any) -> list[Answer]:
         with torch.inference_mode():
             output = self.model.generate(**inputs, **_defaults(generation))
         seconds = time.perf_counter() - started
@@ -219,12 +245,17 @@ class Session:
         Args:
             conversations: Messages as [`VideoLlama2Processor.apply_chat_template`] takes them.
         """
-        prompts = [self._read(messages) for messages in conversations]
+        return self._pad([self._read(messages) for messages in conversations])
+
+    def _pad(self, prompts: list["_Prompt"]) -> dict[str, Any]:
         padded = self.processor.tokenizer.pad(
             {"input_ids": [prompt.ids for prompt in prompts]}, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
         media = [medium for prompt in prompts for medium in prompt.media]
         return {**padded, "mm_encoder_outputs": _as_encoder_outputs(media)}
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config.get_text_config())
 
     def _read(self, messages: list[dict[str, Any]]) -> "_Prompt":
         """The prompt of a conversation, its media encoded."""
@@ -282,7 +313,7 @@ class Chat:
         self._forget()
 
     def _forget(self) -> None:
-        self._cache = DynamicCache(config=self.session.model.config.get_text_config())
+        self._cache = self.session._new_cache()
         self._cached_ids: list[int] = []
         self._cached_media: list[EncodedMedia] = []
 
@@ -307,7 +338,7 @@ class Chat:
         As [`Chat.ask`], but piece by piece as it is said; the generator returns the [`Answer`]. Closing it early stops
         the model, and the turn is as if it had not been asked.
         """
-        turn = {"role": "user", "content": [*media, {"type": "text", "text": question}]}
+        turn = {"role": "user", "content": [*media, _text(question)]}
         model, messages = self.session.model, [*self.messages, turn]
         started = time.perf_counter()
         prompt = self.session._read(messages)
@@ -400,7 +431,17 @@ class StopOnEvent(StoppingCriteria):
 
 def _defaults(generation: dict[str, Any]) -> dict[str, Any]:
     """The original answers greedily, with at most 2048 tokens (`mm_infer`)."""
+    copies = generation.get("num_return_sequences") or 1
+    if copies != 1:
+        raise ValueError(
+            f"A session gives one answer to a question, but `num_return_sequences` is {copies}: call `model.generate` "
+            "with what `Session.prepare` returns."
+        )
     return {"do_sample": False, "max_new_tokens": 2048, **generation}
+
+
+def _text(question: str) -> dict[str, Any]:
+    return {"type": "text", "text": question}
 
 
 def _starts(prompt: _Prompt, session: Session) -> list[int]:
