@@ -24,12 +24,17 @@ from .questions import (
     with_choices,
 )
 from .rendering import render_clip, render_image, render_sound
-from .world import Clip, draw_clip
+from .world import SCENES, Clip, draw_clip
 
 
 MEDIA = ("image", "video", "audio", "audio_visual", "text")
 # Of every eight rows: the shares of the published joint stage (2 : 1 : 1), images and text among the videos.
 DEFAULT_MIX = {"audio_visual": 4.0, "video": 1.4, "image": 0.4, "text": 0.4, "audio": 1.8}
+# For pictures and sound together more of those that may be tied, most of all by the instrument of what moves.
+_SCENES = {
+    "image": ("count", "pair", "move", "change"),
+    "audio_visual": ("move", "move", "bounce", "collide", "count", "order", "change"),
+}
 # What the caption of a clip does not tell.
 _UNTOLD = ("object with the sound",)
 _MAX_TURNS = 8
@@ -72,8 +77,7 @@ def draw_row(
     mix = DEFAULT_MIX if mix is None else mix
     weights = np.array(list(mix.values()), float)
     medium = list(mix)[generator.choice(len(weights), p=weights / weights.sum())]
-    scenes: dict[str, Any] = {"scenes": ("count", "pair", "move", "change")} if medium == "image" else {}
-    clip = draw_clip(generator, held_out, **scenes)
+    clip = draw_clip(generator, held_out, _SCENES.get(medium, SCENES), relations=medium != "audio")
     if medium == "image" and clip.scene == "change":  # one frame does not show a change
         clip = replace(clip, scene="move", things=(replace(clip.things[0], turns=None),))
     context = ""

@@ -192,7 +192,7 @@ def draw_clip(
     if scene in ("bounce", "collide", "change"):
         slot = draw.integer(NUM_SLOTS)
     relation = {"move": "match", "bounce": "synchrony", "collide": "synchrony", "count": "number", "order": "which"}
-    tie = relation.get(scene) if relations and draw.chance(0.6) else None
+    tie = relation.get(scene) if relations and draw.chance(0.8) else None
     related = draw.chance(0.5)
     if scene in ("move", "bounce", "collide"):
         things = _moving_things(draw, scene, colour, shape, list(DIRECTIONS.values())[variant], slot)
