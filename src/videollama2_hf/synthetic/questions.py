@@ -46,9 +46,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "colour before": ("What {colour} is the {shape} at first?", "Which {colour} does the {shape} have at the start?"),
     "colour after": ("What {colour} is the {shape} at last?", "Which {colour} does the {shape} turn into?"),
     "position": ("What is on the {side}?", "Which object is on the {side}?"),
-    "place": ("Where is the {colour_name} {shape}?", "At which place is the {colour_name} {shape}?"),
-    "place at first": ("Where is the {colour_name} {shape} at first?", "Where does the {colour_name} {shape} start?"),
-    "place at last": ("Where is the {colour_name} {shape} at last?", "Where does the {colour_name} {shape} end?"),
+    "place": ("Where is the {thing}?", "At which place is the {thing}?"),
+    "place at first": ("Where is the {thing} at first?", "Where does the {thing} start?"),
+    "place at last": ("Where is the {thing} at last?", "Where does the {thing} end?"),
     "sound": ("What do you hear?", "Which sound do you hear?", "What can be heard?"),
     "low or high": ("Is the tone low or high?", "Do you hear a low or a high tone?"),
     "rising or falling": ("Does the tone rise or fall?", "Is the tone rising or falling?"),
@@ -225,6 +225,8 @@ def ask(clip: Clip, generator: np.random.Generator, medium: str | None = None) -
                 continue
             side = "left" if thing.path[0][1] < 0.5 else "right"
             names = {"shape": thing.shape, "colour_name": thing.colour, "event": event, "side": side}
+            is_only = [other.shape for other in clip.things].count(thing.shape) == 1
+            names["thing"] = thing.shape if is_only and generator.random() < 0.5 else thing.name
             found.append((skill, names, answer, choices))
     if medium in (None, "audio"):
         found += [(skill, {}, answer, choices) for skill, answer, choices in _heard_answers(clip)]
