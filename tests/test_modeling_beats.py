@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from videollama2_hf.configuration_videollama2 import VideoLlama2AudioConfig, get_num_audio_tokens
-from videollama2_hf.modeling_beats import VideoLlama2AudioModel, relative_position_buckets
+from videollama2_hf.modeling_beats import (
+    VideoLlama2AudioModel,
+    VideoLlama2AudioPositionalConv,
+    relative_position_buckets,
+)
 
 
 GOLDENS = Path(__file__).parent / "goldens" / "qwen2_siglip_beats_av"
@@ -94,6 +99,27 @@ def test_batch_equals_original(tower, recorded):
     with torch.no_grad():
         features = tower(clips).last_hidden_state
     torch.testing.assert_close(features, recorded["audio_batch3.beats"], atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [64, 192, 768])
+def test_the_convolution_is_the_same_in_bfloat16(width):
+    """With 4, 12 and 48 channels a group: oneDNN's bfloat16 kernel gives something else for fewer than 16."""
+    torch.manual_seed(0)
+    convolution = VideoLlama2AudioPositionalConv(
+        VideoLlama2AudioConfig(hidden_size=width, num_attention_heads=4, conv_pos=64)
+    )
+    for parameter in convolution.parameters():
+        nn.init.normal_(parameter)
+    hidden_states = torch.randn(2, 97, width)
+    with torch.no_grad():
+        expected = convolution(hidden_states)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = convolution(hidden_states)
+        low = convolution.bfloat16()(hidden_states.bfloat16())
+        double = convolution.double()(hidden_states.double())
+    assert low.dtype == torch.bfloat16 and double.dtype == torch.float64
+    for result in (mixed, low):
+        assert (result.float() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_thirty_seconds_equal_original(tower, recorded):

@@ -5,6 +5,7 @@ Attribute names are those of the original code (`videollama2/model/beats/`): the
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -100,13 +101,22 @@ class VideoLlama2AudioPositionalConv(nn.Module):
         """(clips, tokens, width) -> the same"""
         weight = self.v.float()
         weight = weight * torch.rsqrt(weight.square().sum(dim=(0, 1), keepdim=True) + 1e-6)
-        weight = (self.g.float() * weight).to(hidden_states.dtype)
-        length = hidden_states.shape[1]
-        positions = nn.functional.conv1d(
-            hidden_states.transpose(1, 2), weight, self.bias, padding=self.padding, groups=self.groups
-        )
+        weight = self.g.float() * weight
+        # oneDNN's bfloat16 kernel is wrong for groups of fewer than 16 channels (torch 2.13, CPUs with AMX).
+        is_wrong = hidden_states.device.type == "cpu" and weight.shape[1] < 16
+        with torch.autocast("cpu", enabled=False) if is_wrong else nullcontext():
+            dtype = hidden_states.dtype
+            dtype = torch.promote_types(dtype, torch.float32) if is_wrong else dtype
+            positions = nn.functional.conv1d(
+                hidden_states.to(dtype).transpose(1, 2),
+                weight.to(dtype),
+                self.bias.to(dtype),
+                padding=self.padding,
+                groups=self.groups,
+            )
+        positions = positions.to(hidden_states.dtype)
         # An even kernel with padding on both sides gives one output too many.
-        return nn.functional.gelu(positions[..., :length]).transpose(1, 2)
+        return nn.functional.gelu(positions[..., : hidden_states.shape[1]]).transpose(1, 2)
 
 
 class VideoLlama2AudioAttention(nn.Module):

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("--compile", action="store_true", help="compile the language model's layers (torch.compile)")
 
     evaluate = commands.add_parser("evaluate", help="print the table of held-out skills of a model")
-    evaluate.add_argument("--model", required=True, help="folder of the model")
+    evaluate.add_argument("--model", help="folder of the model; default: the one that comes with the package")
     evaluate.add_argument("--per-skill", type=int, default=100, help="questions of every kind")
     evaluate.add_argument("--seed", type=int, default=1)
     evaluate.add_argument("--seen", action="store_true", help="of the training's compositions instead")
@@ -38,6 +38,13 @@ def main(arguments: list[str] | None = None) -> None:
     export = commands.add_parser("export", help="write a trained model for shipping: bfloat16, no code beside it")
     export.add_argument("--model", required=True, help="folder of the model")
     export.add_argument("--output", required=True, help="folder to write")
+
+    example = commands.add_parser("example", help="write the clip that comes with the package")
+    example.add_argument("--output", required=True, help="mp4 file to write")
+    example.add_argument(
+        "--search", action="store_true", help="write the first one that the model answers rightly about, and say which"
+    )
+    example.add_argument("--model", help="folder of the model that is asked; default: the one of the package")
 
     ablate = commands.add_parser("ablate", help="compare connectors on the video part, and print the table")
     ablate.add_argument("--output", required=True, help="folder of all stages, stage 0 finished")
@@ -49,7 +56,14 @@ def main(arguments: list[str] | None = None) -> None:
     ablate.add_argument("--cpu", action="store_true", help="leave an accelerator alone")
 
     options = parser.parse_args(arguments)
-    run = {"generate": _generate, "train": _train, "evaluate": _evaluate, "export": _export, "ablate": _ablate}
+    run = {
+        "generate": _generate,
+        "train": _train,
+        "evaluate": _evaluate,
+        "export": _export,
+        "example": _example,
+        "ablate": _ablate,
+    }
     try:
         run[options.command](options)
     except (ValueError, FileNotFoundError) as error:
@@ -93,17 +107,37 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from ..assets import get_small_model
     from .evaluation import evaluate_folder
 
-    evaluate_folder(
-        options.model, options.per_skill, options.seed, not options.seen, not options.no_files, options.output
-    )
+    model = options.model or get_small_model()
+    evaluate_folder(model, options.per_skill, options.seed, not options.seen, not options.no_files, options.output)
 
 
 def _export(options: argparse.Namespace) -> None:
     from .small_model import export
 
     export(options.model, options.output)
+
+
+def _example(options: argparse.Namespace) -> None:
+    from .example import EXAMPLE_SEED, find_example, write_example
+
+    seed = EXAMPLE_SEED
+    if options.search:
+        from itertools import islice
+
+        from ..assets import get_small_model
+        from ..session import Session
+
+        session = Session.from_pretrained(options.model or get_small_model())
+        for seed, wrong in islice(find_example(session), 100):
+            print(f"{seed}: {'; '.join(f'{q} {a}' for q, a in wrong.items()) or 'all answers are right'}", flush=True)
+            if not wrong:
+                break
+        else:
+            raise ValueError("The model answers rightly about none of the first 100 clips.")
+    print(write_example(options.output, seed))
 
 
 def _ablate(options: argparse.Namespace) -> None:
