@@ -17,7 +17,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         text, resources = MarkdownExporter().from_filename(notebook.abs_src_path, resources=names)
         files.append(File.generated(config, str(path.with_suffix(".md")), content=text))
         for name, content in resources["outputs"].items():
-            files.append(File.generated(config, str(path.with_name(name)), content=content))
+            files.append(File.generated(config, str(path.parent / name), content=content))
 
 
 def on_page_markdown(markdown: str, **kwargs) -> str:
