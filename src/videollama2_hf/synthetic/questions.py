@@ -132,6 +132,11 @@ def _at(thing: Thing, time: float = 0.0) -> str:
     return "in the middle" if place == "middle" else f"at the {place}"
 
 
+def _are(number: int, noun: str) -> str:
+    """`is one object`, `are two objects`."""
+    return f"is one {noun}" if number == 1 else f"are {NUMBERS[number]} {noun}s"
+
+
 def _is_clear(thing: Thing, time: float) -> bool:
     """Whether a thing is not between two places."""
     return all(abs(coordinate - edge) > 0.03 for coordinate in _position(thing, time) for edge in _EDGES)
@@ -271,7 +276,9 @@ def explain(clip: Clip, question: Question) -> Question | None:
     elif question.skill == "synchrony":
         why = f"they touch {_time(clip.slot)} and the thud is {_time(clip.sounds[0].slot)}"
     elif question.skill == "same number":
-        why = f"there are {NUMBERS[len(clip.things)]} objects and {NUMBERS[clip.num_beeps]} beeps"
+        why = (
+            f"there {_are(len(clip.things), 'object')} and {NUMBERS[clip.num_beeps]} beep{'s' * (clip.num_beeps > 1)}"
+        )
     else:
         return None
     return replace(question, text=f"{question.text} Explain.", answer=f"{why}, so {question.answer}")
@@ -281,10 +288,9 @@ def describe_picture(clip: Clip, still: bool = False) -> str:
     """What there is to see, in one sentence; `still` leaves out what happens."""
     first, last = clip.things[0], clip.things[-1]
     if clip.scene == "count" or still:
-        count = len(clip.things)
         names = [f"{_a(thing)} {_at(thing, SECONDS / 2)}" for thing in clip.things]
-        listed = names[0] if count == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-        return f"there {'is' if count == 1 else 'are'} {NUMBERS[count]} object{'' if count == 1 else 's'}: {listed}"
+        listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+        return f"there {_are(len(names), 'object')}: {listed}"
     if clip.scene == "move":
         direction = tuple(DIRECTIONS)[clip.variant]
         stands = f" and {_a(last)} stands {_at(last)}" if len(clip.things) == 2 else ""
@@ -308,7 +314,7 @@ def describe_sound(clip: Clip) -> str:
     if not clip.sounds:
         return "you hear silence"
     if clip.num_beeps:
-        return f"you hear {NUMBERS[clip.num_beeps]} beep{'' if clip.num_beeps == 1 else 's'}"
+        return f"you hear {NUMBERS[clip.num_beeps]} beep{'s' * (clip.num_beeps > 1)}"
     if len(clip.sounds) == 2:
         return f"you hear {sound_name(clip.sounds[0])}, then {sound_name(clip.sounds[1])}"
     return f"you hear {sound_name(clip.sounds[0])} {_time(clip.sounds[0].slot)}"

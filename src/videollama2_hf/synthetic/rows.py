@@ -29,7 +29,7 @@ from .world import SCENES, Clip, draw_clip
 
 MEDIA = ("image", "video", "audio", "audio_visual", "text")
 # Of every eight rows: the shares of the published joint stage (2 : 1 : 1), images and text among the videos.
-DEFAULT_MIX = {"audio_visual": 4.0, "video": 1.4, "image": 0.4, "text": 0.4, "audio": 1.8}
+DEFAULT_MIX = {"audio_visual": 4.0, "video": 1.2, "image": 0.3, "text": 0.7, "audio": 1.8}
 # For pictures and sound together more of those that may be tied, most of all by the instrument of what moves.
 _SCENES = {
     "image": ("count", "pair", "move", "change"),
@@ -102,7 +102,9 @@ def draw_row(
     varied = []
     turns = 1 + generator.integers(max_turns, size=2).max()  # rather many: media are costly, turns are not
     for question in questions[:turns]:
-        is_choice = not question.text.endswith("Explain.") and generator.random() < 0.12
+        # Most of them about texts, where the answer is easy and only the letter has to be found.
+        share = 0.4 if medium == "text" else 0.12
+        is_choice = not question.text.endswith("Explain.") and generator.random() < share
         varied.append(with_choices(question, generator) if is_choice else question)
     if medium != "text" and generator.random() < captions:
         varied = [caption(clip, medium, generator), *varied][:max_turns]
