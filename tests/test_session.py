@@ -140,7 +140,13 @@ def test_a_sliding_window_reads_every_prompt_whole(session, monkeypatch):
     monkeypatch.setattr(config, "sliding_window", 4096)
     monkeypatch.setattr(session.model.model.language_model, "has_sliding_layers", True)
     questions = ["What is it?", "Is there any sound, and which?"]
+    lengths = []
+    hook = session.model.model.language_model.register_forward_pre_hook(
+        lambda module, args, inputs: lengths.append(tuple(inputs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
     answers = session.ask_many(questions, CLIP, max_new_tokens=4)
+    hook.remove()
+    assert lengths[0][0] == 2 and lengths[0][1] > 1400
     assert [answer.text for answer in answers] == [session.ask(q, CLIP, max_new_tokens=4).text for q in questions]
 
 

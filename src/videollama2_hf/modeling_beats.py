@@ -105,8 +105,7 @@ class VideoLlama2AudioPositionalConv(nn.Module):
         # oneDNN's bfloat16 kernel is wrong for groups of fewer than 16 channels (torch 2.13, CPUs with AMX).
         is_wrong = hidden_states.device.type == "cpu" and weight.shape[1] < 16
         with torch.autocast("cpu", enabled=False) if is_wrong else nullcontext():
-            dtype = hidden_states.dtype
-            dtype = torch.promote_types(dtype, torch.float32) if is_wrong else dtype
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32) if is_wrong else hidden_states.dtype
             positions = nn.functional.conv1d(
                 hidden_states.to(dtype).transpose(1, 2),
                 weight.to(dtype),
