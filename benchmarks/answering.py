@@ -1,6 +1,8 @@
 """Rows of `model.py` for what answers: prompts, tokens, conversations, many questions, loading and importing."""
 
 import gc
+import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -9,6 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import cpu_seconds, measure, memory_row, peak_memory, ratios, time_row
 from random_models import CLIP_L, QWEN2_HALF_B, build, build_config, build_session
@@ -17,7 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from true_shapes import AUDIO_VISUAL, QWEN2_7B, tensor_shapes, write_checkpoint, write_language_model
 
 from videollama2_hf import VideoLlama2ForConditionalGeneration
+from videollama2_hf.captioning import caption
 from videollama2_hf.session import Session
+from videollama2_hf.synthetic.rendering import render_clip
+from videollama2_hf.synthetic.world import draw_clip
 
 
 QUESTIONS = [
@@ -181,6 +187,47 @@ def many_questions(short: bool, rounds: int) -> dict[str, Any]:
     assert len(runs) == rounds * (1 + len(questions))
     check = "equal answers, the tower runs once instead of four times"
     return time_row("4 questions about a clip", "one call for each", 1.0, measured, check)
+
+
+def captions(short: bool, rounds: int) -> dict[str, Any]:
+    """Many clips, the next ones read and encoded while a batch is answered, against one after the other."""
+    session, _ = make_session(short)
+    count, batch_size = (4, 2) if short else (12, 4)
+    options, waiting = {"max_new_tokens": 8, "min_new_tokens": 8}, []
+
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        clips = [draw_clip(np.random.default_rng([1, i])) for i in range(count)]
+        paths = [str(render_clip(clip, root / f"{i}.mp4", 128)) for i, clip in enumerate(clips)]
+
+        def in_batches() -> list[str]:
+            output = root / "captions.jsonl"
+            output.unlink(missing_ok=True)
+            report = caption(session, paths, output, batch_size=batch_size, show_progress=False, **options)
+            assert report.num_answered == count, report
+            waiting.append(report.waiting_seconds / report.seconds)
+            return [json.loads(line)["text"] for line in output.read_text().splitlines()]
+
+        def one_by_one() -> list[str]:
+            question = {"type": "text", "text": "Describe this in detail."}
+            texts = []
+            for path in paths:
+                block = {"type": "video", "video": session.encode({"type": "video", "video": path})}
+                texts.append(session.answer([[{"role": "user", "content": [block, question]}]], **options)[0].text)
+            return texts
+
+        measured = measure({"ours": in_batches, "reference": one_by_one}, rounds)
+    assert measured["ours"]["result"] == measured["reference"]["result"], measured
+    return time_row(
+        f"captions of {count} clips, by the clock",
+        "one after the other",
+        1.0,
+        measured,
+        "equal captions",
+        f"Batches of {batch_size}; two threads read and encode ahead, one answers. The language model waits for "
+        f"media in {statistics.median(waiting):.0%} of the time.",
+        clock="wall",
+    )
 
 
 def _load(folders: dict[str, str], rounds: int) -> dict[str, list[dict[str, float]]]:

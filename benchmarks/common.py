@@ -84,11 +84,12 @@ def time_row(
     measured: dict[str, Any] | None = None,
     check: str = "",
     note: str = "",
+    clock: str = "cpu",
 ) -> dict[str, Any]:
-    """How many times more CPU seconds `measured["reference"]` takes than `measured["ours"]`."""
+    """How many times more seconds, by `clock` (`"cpu"` or `"wall"`), the reference takes than ours."""
     row = {"step": step, "reference": reference, "ours": "", "theirs": "", "ratio": "", "spread": "", "target": target}
     if measured is not None:
-        ours, theirs = measured["ours"]["cpu"], measured["reference"]["cpu"]
+        ours, theirs = measured["ours"][clock], measured["reference"][clock]
         ratio, low, high = ratios(ours, theirs)
         row |= {"ours": f"{statistics.median(ours):.3g} s", "theirs": f"{statistics.median(theirs):.3g} s"}
         row |= {"ratio": ratio, "spread": f"{low:.2g} to {high:.2g}, {len(ours)} rounds"}

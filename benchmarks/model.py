@@ -47,6 +47,7 @@ def all_rows(short: bool, rounds: int, original: Path | None) -> dict[str, Calla
         "decode bfloat16": lambda: answering.decode(short, rounds, bf16),
         "chat": lambda: answering.five_turns(short),
         "questions": lambda: answering.many_questions(short, few),
+        "captions": lambda: answering.captions(short, few),
     }
 
 

@@ -27,6 +27,7 @@ AT_LEAST = {
     "prefill": 1.1,
     "chat": 1.0,
     "questions": 1.0,
+    "captions": 0.2,  # threads beside each other, by the clock
 }
 
 

@@ -362,9 +362,9 @@ def test_every_stage_trains_its_parts_and_the_next_begins_with_them(tmp_path, st
     assert type(AutoProcessor.from_pretrained(tmp_path / "shipped")) is VideoLlama2Processor
 
     monkeypatch.setattr(ablation, "CONNECTORS", {"spatial_pool": "pooling", "frame_mlp2x_gelu": "every frame"})
-    results = ablation.run_ablation(tmp_path, seeds=1, steps=1, batch_size=2, per_skill=1, cpu=True)
+    results = ablation.run_ablation(tmp_path, seeds=1, steps=2, batch_size=2, num_rows=3, per_skill=1, cpu=True)
     assert [results[name][0]["tokens"] for name in ("spatial_pool", "frame_mlp2x_gelu")] == [8 * 16, 8 * 64]
-    assert results == ablation.run_ablation(tmp_path, seeds=1, steps=1, cpu=True)  # it goes on where it was
+    assert results == ablation.run_ablation(tmp_path, seeds=1, num_rows=3, cpu=True)  # it goes on where it was
     assert "| 128 | " in ablation.format_ablation(results)
 
 

@@ -143,7 +143,8 @@ class VideoLlama2AudioAttention(nn.Module):
     def position_bias(self, length: int, device: torch.device) -> torch.Tensor:
         """The bias of every head between every two tokens: (heads, length, length)."""
         buckets = relative_position_buckets(length, self.config.num_buckets, self.config.max_distance, device)
-        by_distance = self.relative_attention_bias(buckets).T  # (heads, 2 * length - 1)
+        # (heads, 2 * length - 1), contiguous, since the table takes over its strides and every layer reads the table.
+        by_distance = self.relative_attention_bias(buckets).T.contiguous()
         # Row i of the table is a window of `by_distance` that starts one further to the left than row i - 1's.
         return by_distance.unfold(1, length, 1).flip(1)
 

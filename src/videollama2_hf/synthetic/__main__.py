@@ -50,9 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
     ablate.add_argument("--output", required=True, help="folder of all stages, stage 0 finished")
     ablate.add_argument("--seeds", type=int, default=3)
     ablate.add_argument("--steps", type=int, default=1000)
-    ablate.add_argument("--batch-size", type=int, default=128)
+    ablate.add_argument("--batch-size", type=int, default=32)
+    ablate.add_argument("--rows", type=int, default=9600, help="different ones; more steps take them again")
     ablate.add_argument("--minutes", type=float, help="begin no training after so many minutes, to be continued")
-    ablate.add_argument("--workers", type=int, default=0, help="processes that draw rows")
+    ablate.add_argument("--processes", type=int, default=1, help="trainings side by side")
     ablate.add_argument("--cpu", action="store_true", help="leave an accelerator alone")
 
     options = parser.parse_args(arguments)
@@ -148,8 +149,9 @@ def _ablate(options: argparse.Namespace) -> None:
         options.seeds,
         options.steps,
         options.batch_size,
+        options.rows,
         minutes=options.minutes,
-        num_workers=options.workers,
+        processes=options.processes,
         cpu=options.cpu,
     )
     print(format_ablation(results))
