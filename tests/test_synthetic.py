@@ -283,6 +283,16 @@ def test_generate_writes_a_folder_that_training_reads(tmp_path, processor):
     assert all((rows[i]["labels"] != -100).any() for i in range(6))
 
 
+def test_captions_are_what_the_first_stages_train_on(tmp_path, processor, capsys):
+    output = str(tmp_path / "captions")
+    main(["generate", "--output", output, "--rows", "4", "--captions", "--medium", "video", "--medium", "image"])
+    rows = VideoLlama2Dataset(f"{output}/data.jsonl", processor, prompt_format="plain")
+    assert all((rows[i]["labels"] != -100).any() for i in range(4))
+    with pytest.raises(SystemExit):
+        main(["generate", "--output", str(tmp_path / "none"), "--rows", "1", "--captions"])
+    assert "A text has no caption" in capsys.readouterr().err
+
+
 def test_command_refuses_what_it_does_not_know(tmp_path, capsys, starts_tiny):
     with pytest.raises(SystemExit) as stopped:
         main(["generate", "--output", str(tmp_path), "--rows", "1", "--medium", "smell"])

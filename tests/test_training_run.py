@@ -15,6 +15,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer, Train
 from golden_utils import GOLDENS
 from training_utils import make_folder, write_rows
 from videollama2_hf import VideoLlama2ForConditionalGeneration
+from videollama2_hf.cli import main
 from videollama2_hf.conversion import convert_checkpoint, restore_original
 from videollama2_hf.training import (
     Recipe,
@@ -93,6 +94,18 @@ def test_every_recipe_runs_to_a_folder_that_loads(folder, tmp_path, name):
     }
     assert changed == set(recipe.trainable) | ({"language_model"} if recipe.lora else set())
     assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
+
+
+def test_what_a_worker_cannot_read_is_one_sentence(folder, tmp_path, capsys):
+    data = tmp_path / "rows.json"
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
+    data.write_text(json.dumps([{"image": "nowhere.png", "conversations": turns}] * 4))
+    make_recipe(folder, tmp_path / "run", data=str(data), num_workers=1).save_yaml(tmp_path / "recipe.yaml")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(tmp_path / "recipe.yaml")])
+    assert stopped.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "Error" in line]
+    assert "nowhere.png" in line and "Traceback" not in line
 
 
 def test_accumulation_and_checkpointing_change_nothing(folder, tmp_path):

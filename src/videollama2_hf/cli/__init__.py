@@ -5,6 +5,7 @@ Every command lives in a module of its own beside this file and only turns argum
 is wrong with the input reaches the user as one sentence and exit code 2; `--debug` shows the traceback.
 """
 
+import re
 import sys
 
 import typer
@@ -69,6 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
+    message = str(error)
+    if message.startswith("Caught ") and "Original Traceback" in message:  # by a worker of a DataLoader
+        message = re.split(rf"\n[\w.]*\b{type(error).__name__}: ", message.rstrip())[-1]
     typer.secho("Error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-    typer.echo(str(error), err=True)
+    typer.echo(message, err=True)
     raise SystemExit(code) from None

@@ -14,6 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--held-out", action="store_true", help="of the compositions that only the test has")
     generate.add_argument("--medium", action="append", help="only this medium (may be repeated)")
+    generate.add_argument("--captions", action="store_true", help="rows that are one caption; with --medium")
     generate.add_argument("--size", type=int, default=64, help="side of the frames in pixels")
 
     train = commands.add_parser("train", help="run or continue the stages of the small model")
@@ -76,7 +77,7 @@ def _generate(options: argparse.Namespace) -> None:
     from .rows import generate
 
     mix = dict.fromkeys(options.medium, 1.0) if options.medium else None
-    print(generate(options.output, options.rows, options.seed, options.held_out, mix, options.size))
+    print(generate(options.output, options.rows, options.seed, options.held_out, mix, options.size, options.captions))
 
 
 def _train(options: argparse.Namespace) -> None:

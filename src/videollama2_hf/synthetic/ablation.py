@@ -29,7 +29,6 @@ from .stages import STAGES, load_before
 # Connector -> what it is. All but the last two are rows of the paper's table; the first is the released model's.
 CONNECTORS = {
     "stc_connector_v35": "3D convolution with RegStage (STC)",
-    "stc_connector": "3D convolution with RegStage, padded (STC of the first release)",
     "stp_connector": "3D pooling with RegStage",
     "spatial_conv": "2D convolution",
     "spatial_pool": "2D pooling",

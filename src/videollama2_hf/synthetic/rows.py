@@ -168,10 +168,14 @@ def generate(
     held_out: bool = False,
     mix: Mapping[str, float] | None = None,
     side: int = 64,
+    captions_only: bool = False,
 ) -> Path:
     """
     Writes a folder of training data: `data.jsonl` with a row of messages per line, and `media/` with its videos,
     images and sounds. Paths in the rows are relative to the folder. The same seed writes the same rows.
+
+    Args:
+        captions_only: Whether a row is one caption, as the stages take it that train a new connector.
 
     Returns:
         The path of `data.jsonl`.
@@ -184,11 +188,14 @@ def generate(
     unknown = sorted(set(mix or ()) - set(MEDIA))
     if unknown:
         raise ValueError(f"There is no medium {unknown[0]!r}; choose from {', '.join(MEDIA)}.")
+    if captions_only and "text" in (DEFAULT_MIX if mix is None else mix):
+        raise ValueError("A text has no caption; name other media with `captions_only`.")
     folder = Path(output_dir)
     (folder / "media").mkdir(parents=True, exist_ok=True)
+    draw: Any = draw_caption_row if captions_only else draw_row
     with open(folder / "data.jsonl", "w", encoding="utf-8") as file:
         for index in range(num_rows):
-            row = draw_row(np.random.default_rng([seed, index]), mix, held_out)
+            row = draw(np.random.default_rng([seed, index]), mix, held_out)
             path = write_medium(row, folder / "media" / f"{index:06d}", side)
             name = None if path is None else path.relative_to(folder).as_posix()
             skills = [question.skill for question in row.questions]
