@@ -1,25 +1,29 @@
 """
 Draws the pictures of the README and of the documentation, with the model and the clip that come with the package:
 
-    uv run --extra test python docs/pictures.py [example] [web] [training]
+    uv run --extra test python docs/pictures.py [example] [web] [training] [ablation]
 
 `web` needs a Chromium, as the tests of the web page do.
 """
 
 import csv
+import json
 import math
 import shutil
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from videollama2_hf.assets import EXAMPLE_CLIP, SMALL_MODEL
 from videollama2_hf.web.texts import EXAMPLE_QUESTIONS
 
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 DOCS = Path(__file__).parent
 IMAGES = DOCS / "images"
-LOG = DOCS / "small_model_log.csv"
 
 
 def draw_example() -> None:
@@ -74,31 +78,62 @@ def _wait_for_answer(window, number: int) -> None:
 
 
 def draw_training() -> None:
-    """The loss of every stage, of `small_model_log.csv`: `small_model_loss.png`."""
+    """The losses in `small_model_log.csv` and `recipes_log.csv`: `small_model_loss.png` and `recipes_loss.png`."""
+    for name in ("small_model", "recipes"):
+        curves: dict[str, list[tuple[int, float]]] = {}
+        with open(DOCS / f"{name}_log.csv", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                curves.setdefault(row["stage"], []).append((int(row["step"]), float(row["loss"])))
+        _draw_losses(curves).savefig(IMAGES / f"{name}_loss.png")
+
+
+def _draw_losses(curves: dict[str, list[tuple[int, float]]]) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    curves: dict[str, list[tuple[int, float]]] = {}
-    with open(LOG, encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            curves.setdefault(row["stage"], []).append((int(row["step"]), float(row["loss"])))
-    figure = Figure(figsize=(12, 4.2), layout="constrained", dpi=100)
-    axes = figure.subplots(2, math.ceil(len(curves) / 2)).flatten()
+    rows = math.ceil(len(curves) / 5)
+    figure = Figure(figsize=(12, 2.1 * rows), layout="constrained", dpi=100)
+    axes = figure.subplots(rows, math.ceil(len(curves) / rows)).flatten()
     for axis in axes[len(curves) :]:
         axis.set_axis_off()
     for axis, (stage, points) in zip(axes, curves.items()):
         axis.plot(*zip(*points), linewidth=1.2)
-        axis.set_title(f"stage {stage}" if stage.isdecimal() else stage.replace("_", ", "), fontsize=10)
+        axis.set_title(f"stage {stage}" if stage.isdecimal() else stage.replace("_", " "), fontsize=9)
         axis.set(yscale="log", xlabel="step", xlim=(0, None))
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
-    figure.savefig(IMAGES / "small_model_loss.png")
+    return figure
+
+
+def draw_ablation() -> None:
+    """Means and standard deviations over the seeds, of `connector_ablation.json`: `connector_ablation.png`."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from videollama2_hf.synthetic.ablation import CONNECTORS, SHOWN_SKILLS
+
+    results = json.loads((DOCS / "connector_ablation.json").read_text(encoding="utf-8"))
+    names = [name for name in CONNECTORS if name in results]
+    figure = Figure(figsize=(12, 3.2), layout="constrained", dpi=100)
+    axes = figure.subplots(1, 1 + len(SHOWN_SKILLS), sharey=True, sharex=True)
+    for axis, skill in zip(axes, (None, *SHOWN_SKILLS)):
+        for place, name in enumerate(names):
+            values = [run["mean"] if skill is None else run["skills"][skill] for run in results[name].values()]
+            axis.errorbar(np.mean(values), place, xerr=np.std(values, ddof=1), fmt="o", color="C0", capsize=3)
+            axis.plot(values, [place + 0.22] * len(values), ".", color="0.6", markersize=4)
+        axis.set_title(skill or "all skills", fontsize=9)
+        axis.set(xlim=(0, 1))
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(labelsize=8)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    figure.savefig(IMAGES / "connector_ablation.png")
 
 
 if __name__ == "__main__":
-    pictures = {"example": draw_example, "web": draw_web, "training": draw_training}
+    pictures = {"example": draw_example, "web": draw_web, "training": draw_training, "ablation": draw_ablation}
     for name in sys.argv[1:] or pictures:
         pictures[name]()

@@ -35,6 +35,8 @@ CONNECTORS = {
     "mlp2x_gelu": "mean over time, two linear layers",
     "frame_mlp2x_gelu": "two linear layers on every frame (Video-LLaVA)",
 }
+# The columns of the table.
+SHOWN_SKILLS = ("count", "position", "place", "motion", "first to appear", "colour after")
 _FEATURES, _RESULTS = "ablation.features", "ablation.json"
 _SEED = 500
 
@@ -245,19 +247,18 @@ def format_ablation(results: dict[str, list[dict[str, Any]]]) -> str:
     """The results in Markdown: means over seeds with their standard deviations."""
     import numpy as np
 
-    shown = ("motion", "first to appear", "time of event", "count", "colour of two", "position")
     lines = [
-        f"| connector | tokens | parameters | all skills | {' | '.join(shown)} |",
-        "|---" * (len(shown) + 4) + "|",
+        f"| connector | tokens | parameters | all skills | {' | '.join(SHOWN_SKILLS)} |",
+        "|---" * (len(SHOWN_SKILLS) + 4) + "|",
     ]
     for connector, runs in results.items():
         if not runs:
             continue
-        columns = [[run["mean"] for run in runs], *([run["skills"][skill] for run in runs] for skill in shown)]
+        columns = [[run["mean"] for run in runs], *([run["skills"][skill] for run in runs] for skill in SHOWN_SKILLS)]
         cells = [f"{np.mean(values):.3f} ± {np.std(values, ddof=len(values) > 1):.3f}" for values in columns]
         size = f"{runs[0]['tokens']} | {runs[0]['parameters'] / 1e6:.2f} M"
         lines.append(f"| `{connector}`: {CONNECTORS[connector]} | {size} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-__all__ = ["CONNECTORS", "format_ablation", "run_ablation"]
+__all__ = ["CONNECTORS", "SHOWN_SKILLS", "format_ablation", "run_ablation"]
