@@ -56,7 +56,7 @@ NOT_RUN = {
     "*trust_remote_code=True*": "needs a process without this package; test_remote_code.py",
 }
 # What is made smaller.
-SMALLER = {"num_workers=8": "num_workers=0", "--rows 1000": "--rows 3"}
+SMALLER = {"num_workers=8": "num_workers=0", "--rows 1000": "--rows 3", "--rows 1024": "--rows 3"}
 TRAINING = ["max_steps=1", "global_batch_size=1", "per_device_batch_size=1", "num_workers=0", "bf16=false"]
 
 

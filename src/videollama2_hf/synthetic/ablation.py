@@ -8,6 +8,8 @@ connectors train from what it gave.
 """
 
 import json
+import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -15,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -36,7 +39,7 @@ CONNECTORS = {
     "frame_mlp2x_gelu": "two linear layers on every frame (Video-LLaVA)",
 }
 # The columns of the table.
-SHOWN_SKILLS = ("count", "position", "place", "motion", "first to appear", "colour after")
+SHOWN_SKILLS = ("count", "place", "motion", "last to appear", "colour after")
 _FEATURES, _RESULTS = "ablation.features", "ablation.json"
 _SEED = 500
 
@@ -67,8 +70,6 @@ def run_ablation(
         Per connector, one dictionary per seed: `tokens` (of one video), `parameters`, `losses` (means of the tenths of
         the steps), `skills` (name -> share of held-out questions answered rightly) and their `mean`.
     """
-    import time
-
     started = time.monotonic()
     root = Path(output_dir)
     path = root / _RESULTS
@@ -76,7 +77,9 @@ def run_ablation(
     waiting = [(name, seed) for seed in range(seeds) for name in CONNECTORS if str(seed) not in results.get(name, {})]
     if waiting:
         cores = max(1, torch.get_num_threads() // processes)
-        with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (cores,)) as pool:
+        with ProcessPoolExecutor(
+            processes, get_context("spawn"), torch.set_num_threads, (cores,), max_tasks_per_child=1
+        ) as pool:
             _encode_rows(pool, processes, root, num_rows, cpu)
             train = partial(
                 _train_and_ask,
@@ -175,11 +178,6 @@ def _train_and_ask(
     cpu: bool,
     ends: float | None,
 ) -> dict[str, Any] | None:
-    import tempfile
-    import time
-
-    import numpy as np
-
     from ..modeling_videollama2 import VideoLlama2ForConditionalGeneration
     from ..processing_videollama2 import VideoLlama2Processor
     from ..training import VideoLlama2Trainer, VideoLlama2TrainingArguments, prepare_for_training
@@ -245,14 +243,12 @@ def _train_and_ask(
 
 def format_ablation(results: dict[str, list[dict[str, Any]]]) -> str:
     """The results in Markdown: means over seeds with their standard deviations."""
-    import numpy as np
-
     lines = [
         f"| connector | tokens | parameters | all skills | {' | '.join(SHOWN_SKILLS)} |",
         "|---" * (len(SHOWN_SKILLS) + 4) + "|",
     ]
-    for connector, runs in results.items():
-        if not runs:
+    for connector in CONNECTORS:
+        if not (runs := results.get(connector)):
             continue
         columns = [[run["mean"] for run in runs], *([run["skills"][skill] for run in runs] for skill in SHOWN_SKILLS)]
         cells = [f"{np.mean(values):.3f} ± {np.std(values, ddof=len(values) > 1):.3f}" for values in columns]
