@@ -19,7 +19,15 @@ from videollama2_hf.synthetic import ablation, dataset, evaluation, small_model,
 from videollama2_hf.synthetic.__main__ import main
 from videollama2_hf.synthetic.dataset import RowTokenizer, WorldCollator, WorldDataset, describe_media, draw_media
 from videollama2_hf.synthetic.pretraining import ClipDataset, collate_frames, label_patches, label_sounds
-from videollama2_hf.synthetic.questions import AUDIO_VISUAL_SKILLS, SKILLS, TEMPLATES, ask, recall, with_choices
+from videollama2_hf.synthetic.questions import (
+    AUDIO_VISUAL_SKILLS,
+    SKILLS,
+    TEMPLATES,
+    ask,
+    letters,
+    recall,
+    with_choices,
+)
 from videollama2_hf.synthetic.rendering import (
     describe_frames,
     describe_sounds,
@@ -149,14 +157,17 @@ def test_held_out_compositions_are_never_trained_and_keep_every_attribute_unifor
 
 def test_letters_of_multiple_choice_are_equally_likely():
     generator = np.random.default_rng(0)
-    letters = Counter()
+    counts = Counter()
     for _ in range(600):
         for question in ask(draw_clip(generator), generator):
             if len(question.choices) >= 4:
                 choice = with_choices(question, generator)
-                letters[choice.answer] += 1
+                counts[choice.answer] += 1
                 assert f"{choice.answer}. {question.answer}" in choice.text
-    assert max(letters.values()) < 1.15 * min(letters.values())
+                explained = with_choices(question, generator, explained=True)
+                wanted, letter = explained.answer.rsplit(", so ", 1)
+                assert wanted == question.answer and f"{letter}. {wanted}" in explained.text
+    assert max(counts.values()) < 1.15 * min(counts.values())
 
 
 def test_rows_follow_from_their_seed():
@@ -168,14 +179,45 @@ def test_rows_follow_from_their_seed():
 
 
 def test_recall_asks_for_what_its_text_says_once():
-    for seed in range(50):
+    forms = Counter()
+    for seed in range(100):
         text, questions = recall(np.random.default_rng(seed))
-        pairs = text.split(", ")
-        *asked, repeat = sorted(questions, key=lambda question: question.text == "Repeat everything.")
-        assert repeat.answer == text
-        told = [f"{question.text.removeprefix('And the ')} {question.answer}".replace("?", "") for question in asked]
-        assert sorted(told) == sorted(pairs)
-        assert len({question.text for question in asked}) == len(asked) >= 2
+        pairs = [pair.split(" ", 2) for pair in text.split(", ")]
+        assert len({question.text for question in questions}) == len(questions) > 2
+        for question in questions:
+            asked = question.text.rstrip("?.").replace(" object", "").replace("color", "colour")
+            place = {"Repeat": None, "What colour": 0, "What shape": 1, "And the": 2}[
+                next(start for start in ("Repeat", "What colour", "What shape", "And the") if asked.startswith(start))
+            ]
+            forms[place, len(asked.split())] += 1
+            if place is None:
+                assert question.answer == text
+                continue
+            named = set(asked.split(" the ")[1].split())
+            told = [pair[place] for pair in pairs if named <= set(pair[:2])]
+            assert told == [question.answer]
+    assert min(forms.values()) > 50 and len(forms) == 5
+
+
+def test_letters_ask_where_a_word_stands():
+    for seed in range(20):
+        for question in letters(np.random.default_rng(seed)):
+            wanted = question.text.split("?")[0].removeprefix("Which letter is ")
+            assert f"{question.answer}. {wanted}" in question.text
+
+
+def test_things_are_asked_for_by_what_only_they_have():
+    generator, shares = np.random.default_rng(4), []
+    for _ in range(200):
+        clip = draw_clip(generator, scenes=("count",))
+        for question in ask(clip, generator, "image"):
+            kind = question.skill.removesuffix(" of several")
+            if kind != question.skill:
+                named = "shape" if kind == "colour" else "colour"
+                things = [thing for thing in clip.things if getattr(thing, named) in question.text]
+                assert [getattr(thing, kind) for thing in things] == [question.answer]
+                shares.append(kind)
+    assert min(Counter(shares).values()) > 50
 
 
 def test_a_relation_is_asked_with_and_without_its_reason():
@@ -374,7 +416,11 @@ def test_every_stage_trains_its_parts_and_the_next_begins_with_them(tmp_path, st
     monkeypatch.setattr(ablation, "CONNECTORS", {"spatial_pool": "pooling", "frame_mlp2x_gelu": "every frame"})
     results = ablation.run_ablation(tmp_path, seeds=1, steps=2, batch_size=2, num_rows=3, per_skill=1, cpu=True)
     assert [results[name][0]["tokens"] for name in ("spatial_pool", "frame_mlp2x_gelu")] == [8 * 16, 8 * 64]
-    assert results == ablation.run_ablation(tmp_path, seeds=1, num_rows=3, cpu=True)  # it goes on where it was
+    # It goes on where it was, with the same settings only.
+    settings = {"seeds": 1, "steps": 2, "batch_size": 2, "num_rows": 3, "per_skill": 1, "cpu": True}
+    assert results == ablation.run_ablation(tmp_path, **settings)
+    with pytest.raises(ValueError, match="steps 2, .* and steps 3, .* are asked for"):
+        ablation.run_ablation(tmp_path, **{**settings, "steps": 3})
     assert "| 128 | " in ablation.format_ablation(results)
 
 
@@ -382,25 +428,29 @@ def test_separate_questions_are_answered_as_if_alone(tokenizer):
     config = tiny(tokenizer)
     model, tokenize = build_model(config).eval(), RowTokenizer(tokenizer, config)
     rows = [draw_row(np.random.default_rng([15, i]), {medium: 1}) for i, medium in enumerate(MEDIA[:4])]
-    texts = [draw_row(np.random.default_rng([16, i]), {"text": 1}) for i in range(2)]
-    data = [{"row": row, **tokenize(row, separate=row.medium != "text")} for row in [*rows, *texts]]
+    texts = [draw_row(np.random.default_rng([16, i]), {"text": 1}) for i in range(8)]
+    rows += [next(row for row in texts if row.context.endswith(".")), next(row for row in texts if "," in row.context)]
+    assert max(len(row.questions) for row in rows) > 2
+    together = [(row, True) for row in rows] + [(row, False) for row in texts[:2]]
+    data = [{"row": row, **tokenize(row, separate)} for row, separate in together]
     batch = WorldCollator(tokenizer.pad_token_id)(data)
     batch |= draw_media(batch.pop("drawn"), 64, config.audio_config.num_mel_bins)
-    with torch.no_grad():
-        together = model(**batch, use_cache=False).logits
-    for number, row in enumerate([*rows, *texts]):
-        assert max(len(row.questions) for row in rows) > 2
-        for branch, question in enumerate(row.questions, 1):
-            single = replace(row, questions=(question,)) if row.medium != "text" else row
-            alone = WorldCollator(tokenizer.pad_token_id)([{"row": single, **tokenize(single)}])
-            alone |= draw_media(alone.pop("drawn"), 64, config.audio_config.num_mel_bins)
-            with torch.no_grad():
-                expected = model(**alone, use_cache=False).logits[0]
-            given = together[number][: len(data[number]["labels"])]
-            if row.medium != "text":
-                branches = data[number]["branches"]
-                given = given[(branches == 0) | (branches == branch)]
-            torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation({"text_config": attention})
+        with torch.no_grad():
+            logits = model(**batch, use_cache=False).logits
+        for given, item, (row, separate) in zip(logits, data, together):
+            branches = item.get("branches")
+            for branch, question in enumerate(row.questions if separate else [None], 1):
+                single = row if question is None else replace(row, questions=(question,))
+                alone = WorldCollator(tokenizer.pad_token_id)([{"row": single, **tokenize(single)}])
+                alone |= draw_media(alone.pop("drawn"), 64, config.audio_config.num_mel_bins)
+                with torch.no_grad():
+                    expected = model(**alone, use_cache=False).logits[0]
+                own = given[: len(item["labels"])]
+                if branches is not None:
+                    own = own[(branches == 0) | (branches == branch)]
+                torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_batch_in_pieces_gives_the_gradient_of_the_whole(tmp_path, tokenizer, monkeypatch):

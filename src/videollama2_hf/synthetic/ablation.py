@@ -68,12 +68,22 @@ def run_ablation(
 
     Returns:
         Per connector, one dictionary per seed: `tokens` (of one video), `parameters`, `losses` (means of the tenths of
-        the steps), `skills` (name -> share of held-out questions answered rightly) and their `mean`.
+        the steps), `skills` (name -> share of held-out questions answered rightly), their `mean`, and the `settings`.
+
+    Raises:
+        ValueError: The folder has results with other settings.
     """
     started = time.monotonic()
     root = Path(output_dir)
     path = root / _RESULTS
     results: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = {"steps": steps, "batch_size": batch_size, "num_rows": num_rows, "per_skill": per_skill}
+    for run in (run for runs in results.values() for run in runs.values()):
+        if run["settings"] != settings:
+            raise ValueError(
+                f"{path} has results with {_in_words(run['settings'])}, and {_in_words(settings)} are asked for; a "
+                "table of both compares nothing. Give the same, or move the file away."
+            )
     waiting = [(name, seed) for seed in range(seeds) for name in CONNECTORS if str(seed) not in results.get(name, {})]
     if waiting:
         cores = max(1, torch.get_num_threads() // processes)
@@ -95,9 +105,13 @@ def run_ablation(
             for future in logging.tqdm(as_completed(running), total=len(running), unit="training"):
                 name, seed = running[future]
                 if (result := future.result()) is not None:
-                    results.setdefault(name, {})[str(seed)] = result
+                    results.setdefault(name, {})[str(seed)] = {**result, "settings": settings}
                     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return {name: [runs[seed] for seed in sorted(runs)] for name, runs in results.items()}
+
+
+def _in_words(settings: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _dataset(root: Path, config: Any, num_rows: int) -> WorldDataset:

@@ -67,9 +67,10 @@ class RowTokenizer:
         `input_ids` and `labels`, int64 (length,).
 
         Args:
-            separate: Whether every question is by itself: it sees the media, but no other question and no answer that
-                could tell what there is to see. Then there is also `branches`, int64 (length,): 0 for what all see,
-                and for the others the number of their question. For rows with media.
+            separate: Whether every question is by itself: it sees the media or the text in front, but no other
+                question and no answer that could tell what there is to see. Then there is also `branches`, int64
+                (length,): 0 for what all see, and for the others the number of their question. For rows with media or
+                a context.
         """
         media = self.media[row.medium]
         ids, labels, branches = [], [], []
@@ -85,9 +86,12 @@ class RowTokenizer:
             add(media, False)
             add(self.encode(f"{lead}{question.text} {question.answer}"), True)
         if separate:
-            add(self.encode("<|im_start|>user\n") + media, False)
+            # A full stop and the line break behind it are one token.
+            shared = row.context.rstrip(".")
+            lead = row.context[len(shared) :] + ("\n" if media or shared else "")
+            add(self.encode("<|im_start|>user\n") + media + self.encode(shared), False)
             for number, question in enumerate(row.questions, 1):
-                add(self.encode(f"\n{question.text}<|im_end|>\n<|im_start|>assistant\n"), False, number)
+                add(self.encode(f"{lead}{question.text}<|im_end|>\n<|im_start|>assistant\n"), False, number)
                 add(self.encode(f"{question.answer}<|im_end|>\n"), True, number)
             return {
                 name: torch.tensor(v) for name, v in zip(("input_ids", "labels", "branches"), (ids, labels, branches))
@@ -110,7 +114,7 @@ class WorldDataset(Dataset):
     Rows by number; row `i` follows from `(seed, i)` alone, so a run that is continued sees what it would have.
 
     Args:
-        separate: Share of the rows with media whose questions are each by itself, see [`RowTokenizer`].
+        separate: Share of the rows with media or a context whose questions are each by itself, see [`RowTokenizer`].
     """
 
     def __init__(self, tokenize: RowTokenizer, num_rows: int, seed: int, draw: DrawRow, separate: float = 0.0):
@@ -123,7 +127,8 @@ class WorldDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         generator = np.random.default_rng([self.seed, index])
         row = self.draw(generator)
-        return {"row": row, **self.tokenize(row, row.medium != "text" and generator.random() < self.separate)}
+        has_shared = row.medium != "text" or bool(row.context)
+        return {"row": row, **self.tokenize(row, has_shared and generator.random() < self.separate)}
 
 
 class WorldCollator:
@@ -176,7 +181,9 @@ def _separate(branches: torch.Tensor) -> dict[str, torch.Tensor]:
     is_first = branches != torch.cat([branches[:, :1], branches[:, :-1]], dim=1)
     begins = torch.where(is_first, index, 0).cummax(dim=1).values
     positions = torch.where(branches > 0, index - begins + num_shared, index)
-    return {"attention_mask": sees[:, None], "position_ids": positions}
+    # Added to the scores: every implementation of attention takes that, a boolean mask not all.
+    mask = torch.zeros(sees.shape).masked_fill_(~sees, torch.finfo(torch.bfloat16).min)
+    return {"attention_mask": mask[:, None], "position_ids": positions}
 
 
 def describe_media(rows: Sequence[Row], times: np.ndarray) -> dict[str, Any]:

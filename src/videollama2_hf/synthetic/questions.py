@@ -31,6 +31,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "texture": ("Is the {shape} plain or striped?", "Is the {colour_name} {shape} striped or plain?"),
     "colour of two": ("What {colour} is the {shape}?", "Which {colour} does the {shape} have?"),
     "shape of two": ("What shape is the {colour_name} object?", "Which shape is {colour_name}?"),
+    "colour of several": ("What {colour} is the {shape}?", "Which {colour} does the {shape} have?"),
+    "shape of several": ("What shape is the {colour_name} object?", "Which shape is {colour_name}?"),
     "motion": ("Which way does the {shape} move?", "Where does the {shape} move?", "In which direction does it go?"),
     "mover": ("What moves?", "Which object moves?", "What is moving?"),
     "mover and motion": ("What moves where?", "What moves, and in which direction?"),
@@ -73,7 +75,18 @@ AUDIO_SKILLS = ("sound", "low or high", "rising or falling", "beeps", "time of s
 AUDIO_VISUAL_SKILLS = ("match", "synchrony", "same number", "object with the sound")
 SKILLS = tuple(TEMPLATES)
 # Those that one frame can answer.
-STILL_SKILLS = ("colour", "shape", "texture", "colour of two", "shape of two", "count", "position", "place")
+STILL_SKILLS = (
+    "colour",
+    "shape",
+    "texture",
+    "colour of two",
+    "shape of two",
+    "colour of several",
+    "shape of several",
+    "count",
+    "position",
+    "place",
+)
 
 CAPTION_REQUESTS = {
     "image": ("Describe the image.", "What do you see?", "Describe what you see."),
@@ -106,6 +119,10 @@ def sound_name(sound: Sound) -> str:
 
 
 SOUND_NAMES = tuple(name if name == "noise" else f"a {name}" for name in SINGLE_SOUNDS) + ("beeps", "silence")
+
+
+def _spelling(generator: np.random.Generator) -> str:
+    return "colour" if generator.random() < 0.5 else "color"
 
 
 def _the(thing: Thing) -> str:
@@ -155,6 +172,11 @@ def _seen_answers(clip: Clip) -> list[tuple[str, Thing, str, tuple[str, ...]]]:
     answers: list[tuple[str, Thing, str, tuple[str, ...]]] = []
     if clip.scene == "count":
         answers.append(("count", first, NUMBERS[len(things)], NUMBERS[1:]))
+        for thing in things if len(things) > 2 else ():
+            if [other.shape for other in things].count(thing.shape) == 1:
+                answers.append(("colour of several", thing, thing.colour, tuple(COLOURS)))
+            if [other.colour for other in things].count(thing.colour) == 1:
+                answers.append(("shape of several", thing, thing.shape, SHAPES))
     if clip.scene == "change":
         assert first.turns is not None
         answers.append(("colour before", first, first.colour, tuple(COLOURS)))
@@ -247,13 +269,17 @@ def ask(clip: Clip, generator: np.random.Generator, medium: str | None = None) -
         skill, names, answer, choices = found[index]
         templates = TEMPLATES[skill]
         text = templates[generator.integers(len(templates))]
-        spelling = "colour" if generator.random() < 0.5 else "color"
-        questions.append(Question(skill, text.format(colour=spelling, **names), answer, choices))
+        questions.append(Question(skill, text.format(colour=_spelling(generator), **names), answer, choices))
     return questions
 
 
-def with_choices(question: Question, generator: np.random.Generator) -> Question:
-    """The same question as multiple choice, answered by a letter; all places of the answer are equally likely."""
+def with_choices(question: Question, generator: np.random.Generator, explained: bool = False) -> Question:
+    """
+    The same question as multiple choice, answered by a letter; all places of the answer are equally likely.
+
+    Args:
+        explained: Whether the answer comes in words first, as the question then asks for.
+    """
     wrong = [choice for choice in question.choices if choice != question.answer]
     picked = [wrong[i] for i in generator.permutation(len(wrong))[:3]]
     place = int(generator.integers(len(picked) + 1))
@@ -263,8 +289,8 @@ def with_choices(question: Question, generator: np.random.Generator) -> Question
     return replace(
         question,
         skill="multiple choice",
-        text=f"{question.text} {options}",
-        answer=letters[place],
+        text=f"{question.text} {options}" + " Explain." * explained,
+        answer=f"{question.answer}, so {letters[place]}" if explained else letters[place],
         choices=tuple(letters),
     )
 
@@ -349,20 +375,47 @@ def facts(generator: np.random.Generator) -> list[Question]:
 def recall(generator: np.random.Generator) -> tuple[str, list[Question]]:
     """
     A text of pairs that say nothing about any clip, and questions that only who finds the place in it can answer: what
-    belongs to a name, and the whole text again.
+    belongs to a name, or to its shape or colour where that is enough, which name a shape or colour is part of, and the
+    whole text again.
     """
     values = [*PLACES, *DIRECTIONS, *INSTRUMENTS, *TEXTURES, *TIMES, *NUMBERS]
     number = 2 + int(generator.integers(4))
-    pairs = [
-        (f"{list(COLOURS)[name // len(SHAPES)]} {SHAPES[name % len(SHAPES)]}", values[value])
-        for name, value in zip(
-            generator.permutation(len(COLOURS) * len(SHAPES))[:number], generator.permutation(len(values))
-        )
-    ]
-    text = ", ".join(f"{name} {value}" for name, value in pairs)
-    questions = [Question("recall", f"And the {name}?", value, ()) for name, value in pairs]
+    kind = generator.random() if number <= len(SHAPES) else 1.0
+    if kind < 0.7:  # no shape twice, and all colours different or all the same
+        colours = generator.permutation(len(COLOURS))[:number]
+        if kind > 0.35:
+            colours[:] = colours[0]
+        names = list(zip(colours, generator.permutation(len(SHAPES))[:number]))
+    else:
+        drawn = generator.permutation(len(COLOURS) * len(SHAPES))[:number]
+        names = [divmod(name, len(SHAPES)) for name in drawn]
+    told = [values[value] for value in generator.permutation(len(values))[:number]]
+    seen, shapes = [list(COLOURS)[colour] for colour, _ in names], [SHAPES[shape] for _, shape in names]
+    questions = []
+    for colour, shape, value in zip(seen, shapes, told):
+        asked = {f"{colour} {shape}": value}
+        if shapes.count(shape) == 1:
+            asked[shape] = value
+            questions.append(
+                Question("recall", f"What {_spelling(generator)} is the {shape}?", colour, tuple(COLOURS))
+            )
+        if seen.count(colour) == 1:
+            asked[f"{colour} object"] = value
+            questions.append(Question("recall", f"What shape is the {colour} object?", shape, SHAPES))
+        questions += [Question("recall", f"And the {name}?", value, tuple(values)) for name, value in asked.items()]
+    text = ", ".join(f"{colour} {shape} {value}" for colour, shape, value in zip(seen, shapes, told))
     questions.append(Question("recall", "Repeat everything.", text, ()))
     return text, [questions[i] for i in generator.permutation(len(questions))]
+
+
+def letters(generator: np.random.Generator) -> list[Question]:
+    """Multiple choice without anything to find out: at which letter a word stands."""
+    questions = []
+    for values in (tuple(COLOURS), SHAPES, INSTRUMENTS, PLACES, TIMES, NUMBERS[1:], TEXTURES, tuple(DIRECTIONS)):
+        answer = values[generator.integers(len(values))]
+        question = Question("letters", f"Which letter is {answer}?", answer, values)
+        questions.append(with_choices(question, generator))
+    return [questions[i] for i in generator.permutation(len(questions))]
 
 
 __all__ = [
@@ -379,6 +432,7 @@ __all__ = [
     "describe_sound",
     "explain",
     "facts",
+    "letters",
     "recall",
     "with_choices",
 ]

@@ -20,6 +20,7 @@ from .questions import (
     describe_sound,
     explain,
     facts,
+    letters,
     recall,
     with_choices,
 )
@@ -28,8 +29,8 @@ from .world import SCENES, Clip, draw_clip
 
 
 MEDIA = ("image", "video", "audio", "audio_visual", "text")
-# Of every eight rows: the shares of the published joint stage (2 : 1 : 1), images and text among the videos.
-DEFAULT_MIX = {"audio_visual": 4.0, "video": 1.2, "image": 0.3, "text": 0.7, "audio": 1.8}
+# The shares of the published joint stage (2 : 1 : 1), images and text among the videos.
+DEFAULT_MIX = {"audio_visual": 4.0, "video": 1.2, "image": 0.3, "text": 1.4, "audio": 1.8}
 # For pictures and sound together more of those that may be tied, most of all by the instrument of what moves.
 _SCENES = {
     "image": ("count", "pair", "move", "change"),
@@ -83,9 +84,10 @@ def draw_row(
     context = ""
     if medium == "text":
         kind = generator.random()
-        if kind < 0.15:
-            return Row(clip, medium, tuple(facts(generator)[: 1 + generator.integers(max_turns)]))
-        if kind < 0.4:
+        if kind < 0.2:
+            questions = (facts if kind < 0.1 else letters)(generator)
+            return Row(clip, medium, tuple(questions[: 1 + generator.integers(max_turns)]))
+        if kind < 0.5:
             text, questions = recall(generator)
             return Row(clip, medium, tuple(questions[:max_turns]), text)
         context = f"{describe_picture(clip)}. {describe_sound(clip)}."
@@ -105,7 +107,7 @@ def draw_row(
         # Most of them about texts, where the answer is easy and only the letter has to be found.
         share = 0.4 if medium == "text" else 0.12
         is_choice = not question.text.endswith("Explain.") and generator.random() < share
-        varied.append(with_choices(question, generator) if is_choice else question)
+        varied.append(with_choices(question, generator, generator.random() < 0.3) if is_choice else question)
     if medium != "text" and generator.random() < captions:
         varied = [caption(clip, medium, generator), *varied][:max_turns]
     return Row(clip, medium, tuple(_misspell(question, generator) for question in varied), context)

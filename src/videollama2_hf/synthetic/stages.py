@@ -48,7 +48,7 @@ class Stage:
 STAGES = {
     "vision": Stage(3000, 128, 1e-3),
     "audio": Stage(4000, 96, 1e-3),
-    "text": Stage(2000, 128, 1.5e-3, mix={"text": 1.0}, trainable=("language_model", "lm_head")),
+    "text": Stage(2000, 128, 1.5e-3, mix={"text": 1.0}, separate=0.8, trainable=("language_model", "lm_head")),
     "1": Stage(
         400, 128, 2e-3, "videollama2_1_video_pretraining", mix={"video": 3.0, "image": 1.0}, captions_only=True
     ),
@@ -281,7 +281,12 @@ def _model_trainer(name: str, root: Path, num_rows: int, seed: int, options: dic
             "warmup_steps": max(1, round(recipe.warmup_ratio * options["max_steps"])),
         }
     prepare_for_training(model, trainable)
-    draw = partial(draw_caption_row if stage.captions_only else draw_row, mix=stage.mix)
+    if options["use_cpu"]:  # where the fused attention is slow backwards: a third of a step
+        model.set_attn_implementation({"text_config": "eager"})
+    # Questions that do not see each other cost little behind media that are read once.
+    draw = partial(draw_row, mix=stage.mix, max_turns=12 if stage.separate else 8)
+    if stage.captions_only:
+        draw = partial(draw_caption_row, mix=stage.mix)
     tokenize = RowTokenizer(processor.tokenizer, model.config, prompt_format)
     # Every stage draws rows that no other has seen.
     data = WorldDataset(tokenize, num_rows, seed * 100 + 10 + list(STAGES).index(name), draw, stage.separate)
