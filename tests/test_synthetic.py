@@ -453,6 +453,15 @@ def test_separate_questions_are_answered_as_if_alone(tokenizer):
                 torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_questions_are_separate_behind_what_they_share(tokenizer):
+    config = tiny(tokenizer)
+    data = WorldDataset(RowTokenizer(tokenizer, config), 60, 3, draw_row, separate=1.0)
+    items = [data[i] for i in range(60)]
+    shares = [item["row"].medium != "text" or item["row"].context != "" for item in items]
+    assert ["branches" in item for item in items] == shares and not all(shares)
+    assert any(item["row"].medium == "text" and "branches" in item for item in items)
+
+
 def test_a_batch_in_pieces_gives_the_gradient_of_the_whole(tmp_path, tokenizer, monkeypatch):
     config = tiny(tokenizer)
     data = WorldDataset(RowTokenizer(tokenizer, config), 7, 13, draw_row)
