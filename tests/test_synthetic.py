@@ -15,13 +15,14 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from tiny_models import AUDIO_SIZES
 from videollama2_hf import VideoLlama2ForConditionalGeneration, VideoLlama2Processor
-from videollama2_hf.synthetic import ablation, dataset, evaluation, small_model, stages
+from videollama2_hf.synthetic import ablation, dataset, evaluation, rows, small_model, stages
 from videollama2_hf.synthetic.__main__ import main
 from videollama2_hf.synthetic.dataset import RowTokenizer, WorldCollator, WorldDataset, describe_media, draw_media
 from videollama2_hf.synthetic.pretraining import ClipDataset, collate_frames, label_patches, label_sounds
 from videollama2_hf.synthetic.questions import (
     AUDIO_VISUAL_SKILLS,
     SKILLS,
+    STILL_SKILLS,
     TEMPLATES,
     ask,
     letters,
@@ -231,6 +232,20 @@ def test_a_relation_is_asked_with_and_without_its_reason():
     assert {len(pair[0].answer) < len(pair[1].answer) for pair in pairs} == {False, True}  # in both orders
 
 
+@pytest.mark.parametrize("skill", rows.DRILLS)
+def test_a_drill_asks_for_one_skill_only(skill):
+    drawn = [rows.draw_drill(np.random.default_rng([3, i]), skill) for i in range(20)]
+    assert {question.skill for row in drawn for question in row.questions} == {skill}
+    assert {row.medium for row in drawn} == {
+        "audio": {"audio", "audio_visual"},
+        "audio_visual": {"audio_visual"},
+        "video": {"video", "audio_visual"} | ({"image"} if skill in STILL_SKILLS else set()),
+        "multiple choice": {"image", "video", "audio", "audio_visual"},
+    }[skill if skill == "multiple choice" else drawn[0].questions[0].medium]
+    assert all(len({question.text for question in row.questions}) == len(row.questions) <= 12 for row in drawn)
+    assert max(len(row.questions) for row in drawn) > 1
+
+
 def test_pictures_show_what_the_clip_says():
     clips = [draw_clip(np.random.default_rng([1, i]), scenes=("count",)) for i in range(40)]
     description = describe_frames(clips, np.array([1.0]))
@@ -343,6 +358,27 @@ def test_command_refuses_what_it_does_not_know(tmp_path, capsys, starts_tiny):
         stages.run_stage("9", tmp_path)
     with pytest.raises(FileNotFoundError, match="stage 2 follows stage 1"):
         stages.load_before("2", tmp_path)
+    with pytest.raises(ValueError, match="no skill 'smell' to drill; choose from colour, "):
+        stages.run_stage("5", tmp_path, drills={"smell": 0.5})
+    with pytest.raises(ValueError, match="no skill 'smell' to drill"):
+        rows.draw_drill(np.random.default_rng(0), "smell")
+    with pytest.raises(ValueError, match="Stage 1 does not ask about everything"):
+        stages.run_stage("1", tmp_path, drills={"count": 0.5})
+    with pytest.raises(ValueError, match="from 0 to 1 together; got .*0.6.*0.5"):
+        stages.run_stage("5", tmp_path, drills={"count": 0.6, "match": 0.5})
+    with pytest.raises(ValueError, match="Stage text begins with new weights"):
+        stages.run_stage("text", tmp_path, start=tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere is missing; name the folder of a model"):
+        stages.run_stage("5", tmp_path, start=tmp_path / "nowhere")
+    for wrong, says in (
+        (["--drill", "count=nan", "--stage", "5"], "from 0 to 1 together; got {'count': nan}"),
+        (["--drill", "count"], "A drill is SKILL=SHARE, such as synchrony=0.4; got 'count'"),
+        (["--start", "model"], "is for one stage; name it with --stage"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["train", "--output", str(tmp_path / "x"), *wrong])
+        assert says in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"untrained"}
 
 
 def tiny(tokenizer, **kwargs):
@@ -405,6 +441,22 @@ def test_every_stage_trains_its_parts_and_the_next_begins_with_them(tmp_path, st
         }.get(name, {parts.get(name)})
         assert (tmp_path / name / "log.jsonl").is_file()
     assert VideoLlama2Processor.from_pretrained(tmp_path / "5" / "model").feature_extractor.chunk_length == 4
+
+    # Drills go on from any model.
+    asked = []
+    for kind in ("draw_row", "draw_drill"):
+        draw = getattr(stages, kind)
+        monkeypatch.setattr(stages, kind, lambda *a, draw=draw, **k: asked.append(draw(*a, **k)) or asked[-1])
+    start = ["--start", str(tmp_path / "5" / "model"), "--drill", "synchrony=0.4", "--drill", "count=0.2"]
+    small = ["--stage", "2", "--steps", "2", "--batch-size", "12", "--cpu"]
+    main(["train", "--output", str(tmp_path / "drill"), *small, *start])
+    drilled = VideoLlama2ForConditionalGeneration.from_pretrained(tmp_path / "drill" / "2" / "model").state_dict()
+    before = VideoLlama2ForConditionalGeneration.from_pretrained(tmp_path / "5" / "model").state_dict()
+    moved = {name: (drilled[name] - before[name]).abs().max() for name in before}
+    assert 0 < max(moved.values()) < 0.01
+    assert not any(moved[name] for name in before if "audio" in name or "mm_projector_a" in name)
+    kinds = Counter(" ".join(sorted({question.skill for question in row.questions})) for row in asked)
+    assert kinds["synchrony"] > 4 and kinds["count"] > 1 and len(kinds) > 6 and sum(kinds.values()) == 24
 
     main(["export", "--model", str(tmp_path / "5" / "model"), "--output", str(tmp_path / "shipped")])
     assert not [path for path in (tmp_path / "shipped").iterdir() if path.suffix == ".py"]

@@ -27,6 +27,14 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--cpu", action="store_true", help="leave an accelerator alone")
     train.add_argument("--compile", action="store_true", help="compile the language model's layers (torch.compile)")
+    train.add_argument("--start", help="folder of the model to start from, in place of the stage before")
+    train.add_argument(
+        "--drill",
+        action="append",
+        default=[],
+        metavar="SKILL=SHARE",
+        help="rows that ask for this skill only, and their share of all rows, such as synchrony=0.4 (may be repeated)",
+    )
 
     evaluate = commands.add_parser("evaluate", help="print the table of held-out skills of a model")
     evaluate.add_argument("--model", help="folder of the model; default: the one that comes with the package")
@@ -85,6 +93,15 @@ def _train(options: argparse.Namespace) -> None:
 
     from .stages import STAGES, run_stage
 
+    if options.start and len(options.stage or ()) != 1:
+        raise ValueError("A model to start from is for one stage; name it with --stage.")
+    drills = {}
+    for drill in options.drill:
+        skill, _, share = drill.rpartition("=")
+        try:
+            drills[skill] = float(share)
+        except ValueError:
+            raise ValueError(f"A drill is SKILL=SHARE, such as synchrony=0.4; got {drill!r}.") from None
     started = time.monotonic()
     for name in options.stage or STAGES:
         minutes = None
@@ -101,6 +118,8 @@ def _train(options: argparse.Namespace) -> None:
             options.seed,
             options.cpu,
             options.compile,
+            options.start,
+            drills,
         )
         if not is_done:
             print(f"Stage {name} is not finished; the same command continues it.")

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 
 from .questions import (
+    AUDIO_SKILLS,
     AUDIO_VISUAL_SKILLS,
+    SKILLS,
+    STILL_SKILLS,
     Question,
     ask,
     caption,
@@ -39,6 +42,9 @@ _SCENES = {
 # What the caption of a clip does not tell.
 _UNTOLD = ("object with the sound",)
 _MAX_TURNS = 8
+_MAX_DRILLED = 12
+# What `draw_drill` can ask for.
+DRILLS = (*SKILLS, "multiple choice")
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,7 @@ def draw_row(
     mix = DEFAULT_MIX if mix is None else mix
     weights = np.array(list(mix.values()), float)
     medium = list(mix)[generator.choice(len(weights), p=weights / weights.sum())]
-    clip = draw_clip(generator, held_out, _SCENES.get(medium, SCENES), relations=medium != "audio")
-    if medium == "image" and clip.scene == "change":  # one frame does not show a change
-        clip = replace(clip, scene="move", things=(replace(clip.things[0], turns=None),))
-    context = ""
+    clip, context = _draw_clip(generator, medium, held_out), ""
     if medium == "text":
         kind = generator.random()
         if kind < 0.2:
@@ -111,6 +114,48 @@ def draw_row(
     if medium != "text" and generator.random() < captions:
         varied = [caption(clip, medium, generator), *varied][:max_turns]
     return Row(clip, medium, tuple(_misspell(question, generator) for question in varied), context)
+
+
+def draw_drill(generator: np.random.Generator, skill: str, held_out: bool = False) -> Row:
+    """
+    A random row that asks for one skill only, in several wordings. What does not come among everything else may come
+    by rows of this kind.
+
+    Args:
+        skill: One of `SKILLS`, or `"multiple choice"`.
+
+    Raises:
+        ValueError: There is no such skill.
+    """
+    if skill not in DRILLS:
+        raise ValueError(f"There is no skill {skill!r} to drill; choose from {', '.join(DRILLS)}.")
+    is_choice = skill == "multiple choice"  # of every skill
+    fits = {
+        "audio_visual": True,
+        "audio": is_choice or skill in AUDIO_SKILLS,
+        "video": is_choice or skill not in AUDIO_SKILLS + AUDIO_VISUAL_SKILLS,
+        "image": is_choice or skill in STILL_SKILLS,
+    }
+    media = [medium for medium, fitting in fits.items() if fitting]
+    medium = media[generator.integers(len(media))]
+    while True:
+        clip = _draw_clip(generator, medium, held_out)
+        asked = [
+            with_choices(question, generator) if is_choice else question
+            for _ in range(3)
+            for question in ask(clip, generator, None if medium == "audio_visual" else medium)
+            if is_choice or question.skill == skill
+        ]
+        if asked:
+            questions = list({question.text: question for question in asked}.values())
+            return Row(clip, medium, tuple(questions[:_MAX_DRILLED]))
+
+
+def _draw_clip(generator: np.random.Generator, medium: str, held_out: bool) -> Clip:
+    clip = draw_clip(generator, held_out, _SCENES.get(medium, SCENES), relations=medium != "audio")
+    if medium == "image" and clip.scene == "change":  # one frame does not show a change
+        clip = replace(clip, scene="move", things=(replace(clip.things[0], turns=None),))
+    return clip
 
 
 def draw_caption_row(generator: np.random.Generator, mix: Mapping[str, float], held_out: bool = False) -> Row:
@@ -217,4 +262,15 @@ def write_medium(row: Row, stem: Path, side: int = 64) -> Path | None:
     return None
 
 
-__all__ = ["DEFAULT_MIX", "MEDIA", "Row", "draw_caption_row", "draw_row", "generate", "to_messages", "write_medium"]
+__all__ = [
+    "DEFAULT_MIX",
+    "DRILLS",
+    "MEDIA",
+    "Row",
+    "draw_caption_row",
+    "draw_drill",
+    "draw_row",
+    "generate",
+    "to_messages",
+    "write_medium",
+]

@@ -9,14 +9,16 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .rows import DEFAULT_MIX, draw_caption_row, draw_row
+import numpy as np
+
+from .rows import DEFAULT_MIX, DRILLS, Row, draw_caption_row, draw_drill, draw_row
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def run_stage(
     seed: int = 0,
     cpu: bool = False,
     compile_layers: bool = False,
+    start: str | Path | None = None,
+    drills: Mapping[str, float] | None = None,
 ) -> bool:
     """
     Runs or continues one stage, under `torchrun` in several processes.
@@ -103,12 +107,17 @@ def run_stage(
         cpu: Whether to leave an accelerator alone.
         compile_layers: Whether `torch.compile` makes towers, connector and language model faster; on a CPU this needs
             a C++ compiler.
+        start: Folder of the model to start from, in place of what the stage before wrote. For stages 1 to 5.
+        drills: Skill -> share of the rows that ask for nothing else, see `draw_drill`; the other rows are the stage's.
+            For stage 2, which trains the connector and the language model, and stage 5, which trains the audio tower
+            too: drills of a few sounds make it forget all others.
 
     Returns:
         Whether the stage is finished.
 
     Raises:
-        ValueError: There is no stage of that name, or the processes cannot share the batch evenly.
+        ValueError: There is no stage of that name, it takes no model to start from or no drills, there is no such
+            skill, the shares of the drills are more than all rows, or the processes cannot share the batch evenly.
         FileNotFoundError: A stage before this one is not finished.
     """
     import torch
@@ -118,7 +127,12 @@ def run_stage(
 
     if name not in STAGES:
         raise ValueError(f"There is no stage {name!r}; choose one of {', '.join(STAGES)}.")
-    root, stage = Path(output_dir), STAGES[name]
+    root, stage, drills = Path(output_dir), STAGES[name], dict(drills or {})
+    _check_drills(name, drills)
+    if start is not None and stage.recipe is None:
+        raise ValueError(f"Stage {name} begins with new weights; a model to start from is for the stages 1 to 5.")
+    if start is not None and not Path(start).is_dir():
+        raise FileNotFoundError(f"{start} is missing; name the folder of a model to start from.")
     folder = root / name
     if (folder / MODEL_FOLDER).is_dir():
         return True
@@ -178,11 +192,12 @@ def run_stage(
     }
     folder.mkdir(parents=True, exist_ok=True)
     with TrainingArguments(**options).main_process_first(local=False):
-        _write_untrained(root)
+        if start is None:
+            _write_untrained(root)
     if name in ("vision", "audio"):
         trainer = _tower_trainer(name, root, steps * batch_size, seed, TrainingArguments(**options), Clock())
     else:
-        trainer = _model_trainer(name, root, steps * batch_size, seed, options, Clock())
+        trainer = _model_trainer(name, root, steps * batch_size, seed, options, Clock(), start, drills)
         if compile_layers:
             parts = trainer.model.model
             for layer in [*parts.vision_tower.encoder.layers, *parts.language_model.layers]:
@@ -191,7 +206,7 @@ def run_stage(
     if trainer.state.global_step < steps:
         return False
     if trainer.is_world_process_zero():
-        model, processor = load_before(name, root)
+        model, processor = load_before(name, root, start)
         if name in ("vision", "audio"):
             tower = getattr(model.model, f"{name}_tower")
             tower.load_state_dict(trainer.model.tower.state_dict())
@@ -203,10 +218,28 @@ def run_stage(
     return True
 
 
-def load_before(name: str, root: Path) -> tuple[Any, Any]:
+def _check_drills(name: str, drills: Mapping[str, float]) -> None:
+    unknown = sorted(set(drills) - set(DRILLS))
+    if unknown:
+        raise ValueError(f"There is no skill {unknown[0]!r} to drill; choose from {', '.join(DRILLS)}.")
+    if drills and name not in ("2", "5"):
+        raise ValueError(f"Stage {name} does not ask about everything; drills are for the stages 2 and 5.")
+    if not (min(drills.values(), default=0.0) >= 0 and sum(drills.values()) < 1 + 1e-9):
+        raise ValueError(f"Drills are shares of all rows, from 0 to 1 together; got {drills}.")
+
+
+def _draw_row_or_drill(
+    generator: np.random.Generator, drills: Mapping[str, float], draw: Callable[[np.random.Generator], Row]
+) -> Row:
+    shares = np.array([*drills.values(), max(0.0, 1 - sum(drills.values()))])
+    chosen = generator.choice(len(shares), p=shares / shares.sum())
+    return draw_drill(generator, list(drills)[chosen]) if chosen < len(drills) else draw(generator)
+
+
+def load_before(name: str, root: Path, start: str | Path | None = None) -> tuple[Any, Any]:
     """
     The model that a stage starts from, in float32, and its processor: new weights for the parts of stage 0, those
-    three parts in one for stage 1, and what the stage before wrote for the others.
+    three parts in one for stage 1, and what the stage before wrote for the others; or the model of the folder `start`.
 
     Raises:
         FileNotFoundError: A stage before this one is not finished.
@@ -222,6 +255,9 @@ def load_before(name: str, root: Path) -> tuple[Any, Any]:
             raise FileNotFoundError(f"{path} is missing: stage {name} follows stage {folder}; run that one first.")
         return VideoLlama2ForConditionalGeneration.from_pretrained(str(path), dtype=torch.float32)
 
+    if start is not None:
+        processor = VideoLlama2Processor.from_pretrained(str(start))
+        return VideoLlama2ForConditionalGeneration.from_pretrained(str(start), dtype=torch.float32), processor
     _write_untrained(root)
     processor = VideoLlama2Processor.from_pretrained(str(root / "untrained"))
     if name in ("vision", "audio", "text"):
@@ -263,13 +299,22 @@ def _tower_trainer(name: str, root: Path, num_clips: int, seed: int, arguments: 
     return MetricsTrainer(model=module, args=arguments, train_dataset=data, data_collator=collate, callbacks=[clock])
 
 
-def _model_trainer(name: str, root: Path, num_rows: int, seed: int, options: dict[str, Any], clock: Any) -> Any:
+def _model_trainer(
+    name: str,
+    root: Path,
+    num_rows: int,
+    seed: int,
+    options: dict[str, Any],
+    clock: Any,
+    start: str | Path | None,
+    drills: Mapping[str, float],
+) -> Any:
     from ..training import Recipe, VideoLlama2TrainingArguments, prepare_for_training
     from .dataset import RowTokenizer, WorldCollator, WorldDataset
     from .trainer import WorldTrainer
 
     stage = STAGES[name]
-    model, processor = load_before(name, root)
+    model, processor = load_before(name, root, start)
     trainable, prompt_format = list(stage.trainable), "chat"
     if stage.recipe is not None:
         settings = [f"model={root}", f"output_dir={root}", "data=[{path: synthetic}]", "num_frames=8"]
@@ -287,6 +332,8 @@ def _model_trainer(name: str, root: Path, num_rows: int, seed: int, options: dic
     draw = partial(draw_row, mix=stage.mix, max_turns=12 if stage.separate else 8)
     if stage.captions_only:
         draw = partial(draw_caption_row, mix=stage.mix)
+    if drills:
+        draw = partial(_draw_row_or_drill, drills=drills, draw=draw)
     tokenize = RowTokenizer(processor.tokenizer, model.config, prompt_format)
     # Every stage draws rows that no other has seen.
     data = WorldDataset(tokenize, num_rows, seed * 100 + 10 + list(STAGES).index(name), draw, stage.separate)
