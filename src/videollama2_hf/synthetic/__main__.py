@@ -26,14 +26,17 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("--workers", type=int, default=0, help="processes that draw rows")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--cpu", action="store_true", help="leave an accelerator alone")
-    train.add_argument("--compile", action="store_true", help="compile the language model's layers (torch.compile)")
-    train.add_argument("--start", help="folder of the model to start from, in place of the stage before")
+    train.add_argument(
+        "--compile", action="store_true", help="compile the layers of vision tower and language model (torch.compile)"
+    )
+    train.add_argument("--model", help="folder of the model to start from, in place of what the stage before wrote")
     train.add_argument(
         "--drill",
         action="append",
         default=[],
         metavar="SKILL=SHARE",
-        help="rows that ask for this skill only, and their share of all rows, such as synchrony=0.4 (may be repeated)",
+        help="in stage drills: a skill that rows of their own ask for, and their share of all rows, such as "
+        "synchrony=0.4 (may be repeated)",
     )
 
     evaluate = commands.add_parser("evaluate", help="print the table of held-out skills of a model")
@@ -93,7 +96,9 @@ def _train(options: argparse.Namespace) -> None:
 
     from .stages import STAGES, run_stage
 
-    if options.start and len(options.stage or ()) != 1:
+    if options.drill and options.stage != ["drills"]:
+        raise ValueError("Drills are for the stage of that name; add --stage drills.")
+    if options.model and len(options.stage or ()) != 1:
         raise ValueError("A model to start from is for one stage; name it with --stage.")
     drills = {}
     for drill in options.drill:
@@ -118,7 +123,7 @@ def _train(options: argparse.Namespace) -> None:
             options.seed,
             options.cpu,
             options.compile,
-            options.start,
+            options.model,
             drills,
         )
         if not is_done:

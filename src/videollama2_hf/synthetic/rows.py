@@ -39,6 +39,8 @@ _SCENES = {
     "image": ("count", "pair", "move", "change"),
     "audio_visual": ("move", "move", "bounce", "collide", "count", "order", "change"),
 }
+# Of the drills: a bounce and a hit are timed well enough without.
+_DRILLED_SCENES = {"time of event": ("change",)}
 # What the caption of a clip does not tell.
 _UNTOLD = ("object with the sound",)
 _MAX_TURNS = 8
@@ -139,7 +141,7 @@ def draw_drill(generator: np.random.Generator, skill: str, held_out: bool = Fals
     media = [medium for medium, fitting in fits.items() if fitting]
     medium = media[generator.integers(len(media))]
     while True:
-        clip = _draw_clip(generator, medium, held_out)
+        clip = _draw_clip(generator, medium, held_out, _DRILLED_SCENES.get(skill))
         asked = [
             with_choices(question, generator) if is_choice else question
             for _ in range(3)
@@ -151,8 +153,10 @@ def draw_drill(generator: np.random.Generator, skill: str, held_out: bool = Fals
             return Row(clip, medium, tuple(questions[:_MAX_DRILLED]))
 
 
-def _draw_clip(generator: np.random.Generator, medium: str, held_out: bool) -> Clip:
-    clip = draw_clip(generator, held_out, _SCENES.get(medium, SCENES), relations=medium != "audio")
+def _draw_clip(
+    generator: np.random.Generator, medium: str, held_out: bool, scenes: tuple[str, ...] | None = None
+) -> Clip:
+    clip = draw_clip(generator, held_out, scenes or _SCENES.get(medium, SCENES), relations=medium != "audio")
     if medium == "image" and clip.scene == "change":  # one frame does not show a change
         clip = replace(clip, scene="move", things=(replace(clip.things[0], turns=None),))
     return clip

@@ -1,5 +1,6 @@
 """
-The small model's training: stage 0 for its three parts, then the five published stages in their order.
+The small model's training: stage 0 for its three parts, the five published stages in their order, and drills for what
+does not come among everything else.
 
 Every stage is a folder below the output folder. It continues from its last checkpoint if it was stopped, and starts
 from what the stages before it wrote: `python -m videollama2_hf.synthetic train --output DIR` runs them all.
@@ -11,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ class Stage:
     One stage of the small model.
 
     Args:
-        recipe: The published recipe that says what trains and how prompts look; `None` in stage 0.
+        recipe: The published recipe that says what trains and how prompts look; `None` in stage 0 and the drills.
         mix: Weight of every medium among the rows.
         separate: Share of the rows whose questions do not see each other, so that no answer tells what is to be seen.
         captions_only: Whether rows are captions.
+        drills: Skill -> share of the rows that ask for nothing else, see `draw_drill`; the others are drawn as ever.
         steps, batch_size, learning_rate, connector_learning_rate: Of this model: its parts begin from nothing, so its
             rates are higher than the published ones.
         trainable: Modules that train where there is no recipe.
@@ -44,13 +46,16 @@ class Stage:
     mix: Mapping[str, float] = field(default_factory=dict)
     separate: float = 0.0
     captions_only: bool = False
+    drills: Mapping[str, float] = field(default_factory=dict)
     trainable: tuple[str, ...] = ()
 
 
+_FIRST = ("vision", "audio", "text")
+_LANGUAGE_MODEL = ("language_model", "lm_head")
 STAGES = {
     "vision": Stage(3000, 128, 1e-3),
     "audio": Stage(4000, 96, 1e-3),
-    "text": Stage(2000, 128, 1.5e-3, mix={"text": 1.0}, separate=0.8, trainable=("language_model", "lm_head")),
+    "text": Stage(2000, 128, 1.5e-3, mix={"text": 1.0}, separate=0.8, trainable=_LANGUAGE_MODEL),
     "1": Stage(
         400, 128, 2e-3, "videollama2_1_video_pretraining", mix={"video": 3.0, "image": 1.0}, captions_only=True
     ),
@@ -75,6 +80,16 @@ STAGES = {
         connector_learning_rate=8e-4,
         mix=DEFAULT_MIX,
         separate=0.8,
+    ),
+    # The language model alone: towers and connectors that train on a few scenes and sounds forget all others.
+    "drills": Stage(
+        1000,
+        48,
+        1e-3,
+        mix=DEFAULT_MIX,
+        separate=0.8,
+        drills={"synchrony": 0.35, "time of event": 0.35},
+        trainable=_LANGUAGE_MODEL,
     ),
 }
 MODEL_FOLDER = "model"
@@ -105,12 +120,10 @@ def run_stage(
         minutes: Stop after so many minutes with a checkpoint to continue from.
         num_workers: Processes that draw rows.
         cpu: Whether to leave an accelerator alone.
-        compile_layers: Whether `torch.compile` makes towers, connector and language model faster; on a CPU this needs
-            a C++ compiler.
-        start: Folder of the model to start from, in place of what the stage before wrote. For stages 1 to 5.
-        drills: Skill -> share of the rows that ask for nothing else, see `draw_drill`; the other rows are the stage's.
-            For stage 2, which trains the connector and the language model, and stage 5, which trains the audio tower
-            too: drills of a few sounds make it forget all others.
+        compile_layers: Whether `torch.compile` makes the vision tower and the language model faster; on a CPU this
+            needs a C++ compiler.
+        start: Folder of the model to start from, in place of what the stage before wrote. Not for stage 0.
+        drills: In place of the stage's own. For the stage of that name only.
 
     Returns:
         Whether the stage is finished.
@@ -127,10 +140,12 @@ def run_stage(
 
     if name not in STAGES:
         raise ValueError(f"There is no stage {name!r}; choose one of {', '.join(STAGES)}.")
-    root, stage, drills = Path(output_dir), STAGES[name], dict(drills or {})
-    _check_drills(name, drills)
-    if start is not None and stage.recipe is None:
-        raise ValueError(f"Stage {name} begins with new weights; a model to start from is for the stages 1 to 5.")
+    root, stage = Path(output_dir), STAGES[name]
+    if drills:
+        _check_drills(name, drills)
+        stage = replace(stage, drills=drills)
+    if start is not None and name in _FIRST:
+        raise ValueError(f"Stage {name} begins with new weights; a model to start from is for the stages after it.")
     if start is not None and not Path(start).is_dir():
         raise FileNotFoundError(f"{start} is missing; name the folder of a model to start from.")
     folder = root / name
@@ -197,7 +212,7 @@ def run_stage(
     if name in ("vision", "audio"):
         trainer = _tower_trainer(name, root, steps * batch_size, seed, TrainingArguments(**options), Clock())
     else:
-        trainer = _model_trainer(name, root, steps * batch_size, seed, options, Clock(), start, drills)
+        trainer = _model_trainer(name, root, steps * batch_size, seed, options, Clock(), start, stage)
         if compile_layers:
             parts = trainer.model.model
             for layer in [*parts.vision_tower.encoder.layers, *parts.language_model.layers]:
@@ -222,9 +237,9 @@ def _check_drills(name: str, drills: Mapping[str, float]) -> None:
     unknown = sorted(set(drills) - set(DRILLS))
     if unknown:
         raise ValueError(f"There is no skill {unknown[0]!r} to drill; choose from {', '.join(DRILLS)}.")
-    if drills and name not in ("2", "5"):
-        raise ValueError(f"Stage {name} does not ask about everything; drills are for the stages 2 and 5.")
-    if not (min(drills.values(), default=0.0) >= 0 and sum(drills.values()) < 1 + 1e-9):
+    if name != "drills":
+        raise ValueError(f"Stage {name} has no drills; they are a stage of their own: drills.")
+    if not (min(drills.values()) >= 0 and sum(drills.values()) < 1 + 1e-9):
         raise ValueError(f"Drills are shares of all rows, from 0 to 1 together; got {drills}.")
 
 
@@ -260,7 +275,7 @@ def load_before(name: str, root: Path, start: str | Path | None = None) -> tuple
         return VideoLlama2ForConditionalGeneration.from_pretrained(str(start), dtype=torch.float32), processor
     _write_untrained(root)
     processor = VideoLlama2Processor.from_pretrained(str(root / "untrained"))
-    if name in ("vision", "audio", "text"):
+    if name in _FIRST:
         return load("untrained"), processor
     if name == "1":
         model = load("text")
@@ -268,7 +283,7 @@ def load_before(name: str, root: Path, start: str | Path | None = None) -> tuple
             tower = getattr(load(part).model, f"{part}_tower")
             getattr(model.model, f"{part}_tower").load_state_dict(tower.state_dict())
         return model, processor
-    return load(str(int(name) - 1)), processor
+    return load(list(STAGES)[list(STAGES).index(name) - 1]), processor
 
 
 def _write_untrained(root: Path) -> None:
@@ -307,13 +322,12 @@ def _model_trainer(
     options: dict[str, Any],
     clock: Any,
     start: str | Path | None,
-    drills: Mapping[str, float],
+    stage: Stage,
 ) -> Any:
     from ..training import Recipe, VideoLlama2TrainingArguments, prepare_for_training
     from .dataset import RowTokenizer, WorldCollator, WorldDataset
     from .trainer import WorldTrainer
 
-    stage = STAGES[name]
     model, processor = load_before(name, root, start)
     trainable, prompt_format = list(stage.trainable), "chat"
     if stage.recipe is not None:
@@ -332,8 +346,8 @@ def _model_trainer(
     draw = partial(draw_row, mix=stage.mix, max_turns=12 if stage.separate else 8)
     if stage.captions_only:
         draw = partial(draw_caption_row, mix=stage.mix)
-    if drills:
-        draw = partial(_draw_row_or_drill, drills=drills, draw=draw)
+    if stage.drills:
+        draw = partial(_draw_row_or_drill, drills=stage.drills, draw=draw)
     tokenize = RowTokenizer(processor.tokenizer, model.config, prompt_format)
     # Every stage draws rows that no other has seen.
     data = WorldDataset(tokenize, num_rows, seed * 100 + 10 + list(STAGES).index(name), draw, stage.separate)
