@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from golden_utils import GOLDENS
@@ -209,6 +210,42 @@ def test_page_runs(page, here, monkeypatch, capsys):
             Recipe.from_dict(yaml.safe_load(text))
         else:
             assert language == "json", f"There is no way to run {language} of {page}"
+
+
+NOT_RUN_COMMANDS = [
+    words
+    for page in RUN_HERE
+    for language, text in blocks(PAGES[page])
+    if language == "bash"
+    for words in commands(text)
+    if why_not(shlex.join(words)) and words[0] != "hf"
+]
+
+
+@pytest.mark.parametrize("words", NOT_RUN_COMMANDS, ids=shlex.join)
+def test_commands_that_do_not_run_here_are_understood(words, monkeypatch):
+    """What launches them takes no option of theirs for one of its own, and they take what is left."""
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    if words[0] in ("torchrun", "accelerate"):
+        parser, start = (get_args_parser(), 1) if words[0] == "torchrun" else (launch_command_parser(), 2)
+        options = parser.parse_args(words[start:])
+        assert options.module
+        words = ["python", "-m", options.training_script, *options.training_script_args]
+    if words[:3] == ["python", "-m", "videollama2_hf.training"]:
+        words = ["videollama2", "train", *words[3:]]
+    if words[0] == "videollama2":
+        group = typer.main.get_command(app)
+        group.commands[words[1]].make_context(words[1], words[2:])
+    else:
+        from videollama2_hf.synthetic import __main__ as synthetic
+
+        assert words[:3] == ["python", "-m", "videollama2_hf.synthetic"]
+        done = []
+        monkeypatch.setattr(synthetic, f"_{words[3]}", done.append)
+        synthetic.main(words[3:])
+        assert len(done) == 1
 
 
 def test_lists_are_of_what_there_is():
